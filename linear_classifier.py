@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lars import split_by_patterns
 from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import data_sets, subsets
+from self_supervised.data import data_sets, loading, subsets
 from self_supervised.data.batches import check_views, gathered, numbered, one_image_explained
 from self_supervised.data.facts import count_classes, require_labels
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
@@ -281,7 +281,7 @@ class LinearClassifierMethod(BaseMethod):
         """Return the loader of the images to validate on; none while the user's own loader is fitted."""
         p = self.params
         if not self.trains_on_dataset_name:
-            return []
+            return loading.no_loaders()
         if p.validate_on == "test":
             return self.loader(data_sets.get_dataset(p, p.dataset.test_splits), training=False)
         dataset = data_sets.get_dataset(p, p.dataset.train_splits)

@@ -18,7 +18,7 @@ from model_params import ALL_VIEW_LOSSES, LABEL_LOSSES, PRESETS, PROTOTYPE_LOSSE
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.custom_loss import CustomLoss, as_pair_loss
-from self_supervised.data import batches, data_sets
+from self_supervised.data import batches, data_sets, loading
 from self_supervised.data.batches import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.evaluation import validation
@@ -306,7 +306,7 @@ class SelfSupervisedMethod(BaseMethod):
         """
         p = self.params
         if not (self.trains_on_dataset_name and p.is_evaluated):
-            return []
+            return loading.no_loaders()
         splits = [p.dataset.scored_splits]
         if p.probe_on_training_set:
             splits.append(p.dataset.train_splits)

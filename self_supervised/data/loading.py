@@ -1,5 +1,6 @@
 """From a data set to its loader: the size of a batch, the last batch of an epoch, and where the images are kept."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -81,6 +82,12 @@ def should_drop_last(setting: bool | None, n_images: int, step: int) -> bool:
     training, unless it is the only step.
     """
     return setting if setting is not None else n_images >= step and n_images % step < step / 2
+
+
+def no_loaders() -> list:
+    """Return an empty list of validation loaders. Lightning warns of one; here, it is intended."""
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    return []
 
 
 def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int, processes: int) -> None:

@@ -1,7 +1,8 @@
 """Train and eval modes of the parts of a network, and whether they are trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
@@ -23,10 +24,13 @@ def require_module(encoder: Any) -> None:
         )
 
 
-def named_alike(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Return tensors by their names in `module`: `torch.compile` of a network puts `_orig_mod.` into the names."""
-    own = {name.replace(COMPILED, ""): name for name in module.state_dict()}
-    return {own.get(name.replace(COMPILED, ""), name): tensor for name, tensor in tensors.items()}
+def rename_as_in(module: nn.Module, tensors: dict[str, Any]) -> None:
+    """Give the tensors of a checkpoint their names in `module`. If one of both was compiled, they differ."""
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    own = {name.replace(COMPILED, ""): name for name, _ in named}
+    for name in list(tensors):
+        if (renamed := own.get(name.replace(COMPILED, ""), name)) != name:
+            tensors[renamed] = tensors.pop(name)
 
 
 @contextmanager

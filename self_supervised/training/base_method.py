@@ -342,8 +342,8 @@ class BaseMethod(pl.LightningModule):
                 epochs["completed"] = min(epochs["completed"], epochs["processed"])
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Check that a run can be resumed with these settings. Loading a checkpoint otherwise needs no check."""
-        checkpoint["state_dict"] = modules.named_alike(checkpoint["state_dict"], self)
+        """Name tensors as here, and check that a run can be resumed. Loading a checkpoint otherwise needs no check."""
+        modules.rename_as_in(self, checkpoint["state_dict"])
         if self._trainer is None:
             return
         self.loaded_names = checkpoint.get("hyper_parameters", {}).get("class_names") or []
