@@ -174,6 +174,7 @@ def test_a_diverged_classifier_recognizes_nothing():
     assert linear.eval().losses_and_accuracies((torch.randn(4, 3, 96, 96), torch.arange(4)))[:, 1:].sum() == 0
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
 def test_images_without_a_label_are_refused(trainer):
     images, labels = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8), torch.tensor([-1, 0, 1, 2] * 2)
 
