@@ -46,8 +46,13 @@ def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
 
 def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
     """Return the percentage of images whose class is among the k highest logits; column i belongs to classes[i]."""
+    return 100.0 * (int(hits(logits, classes, y, k).sum()) / len(y))
+
+
+def hits(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> Tensor:
+    """Return whether the class of each image [N] is among the k highest logits."""
     first = logits.argmax(1, keepdim=True) if k == 1 else logits.topk(min(k, len(classes)), dim=1).indices
-    return 100.0 * (int((classes[first] == y[:, None]).any(1).sum()) / len(y))
+    return (classes[first] == y[:, None]).any(1)
 
 
 # ---- solver ----

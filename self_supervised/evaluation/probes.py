@@ -14,7 +14,7 @@ from torch import Tensor
 
 from self_supervised.data import subsets
 from self_supervised.evaluation import validation
-from self_supervised.evaluation.linear_models import accuracy, few_presences, linear_logits, standardized, svm
+from self_supervised.evaluation.linear_models import accuracy, few_presences, hits, linear_logits, standardized, svm
 from self_supervised.numerics import Scores, finite
 
 KS = (1, 5, 20, 200)  # neighbors of kNN
@@ -27,12 +27,24 @@ DECAYS = tuple(10.0**i for i in range(5, -7, -1))
 HELD_OUT = 0.2  # fraction of the training set
 FEWEST_TO_HOLD_OUT = 5  # images per class; if most images are of smaller classes, DECAY_OF_FEW is used
 PRECISION = 1e-4  # of logits; with less, another L2 may be chosen
+IMBALANCE = 2  # images of the largest test class, relative to the smallest, from which classes are averaged
 DECAY_OF_FEW = validation.PROBE_DECAY  # that of the linear probe during pretraining
 
 
 def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    accuracies = validation.knn_accuracies(train_x, train_y, test_x, test_y, KS)
-    return {f"knn{k}_acc1": value for k, value in accuracies.items()}
+    found_by = validation.knn_hits(train_x, train_y, test_x, test_y, KS)
+    accuracies = {f"knn{k}_acc1": 100.0 * int(found.sum()) / len(test_y) for k, found in found_by.items()}
+    return accuracies | of_classes("knn20_class_mean_acc1", found_by[20], test_y)
+
+
+def of_classes(name: str, found: Tensor, test_y: Tensor) -> Scores:
+    """Return {name: mean of the accuracies of the classes}, the balanced accuracy, for imbalanced test images. If no
+    class has IMBALANCE times as many images as another, the accuracy says enough."""
+    _, target, images_of = test_y.unique(return_inverse=True, return_counts=True)
+    if images_of.max() < IMBALANCE * images_of.min():
+        return {}
+    found_of = target[found].bincount(minlength=len(images_of))
+    return {name: 100.0 * float((found_of / images_of).mean())}
 
 
 def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
@@ -52,7 +64,9 @@ def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, see
     train_x, test_x = standardized(train_x, test_x)
     decay = choose_decay(train_x, target, seed)
     _, logits = linear_logits(train_x, test_x, target, decay, PRECISION)
-    return {**{f"acc{k}": accuracy(logits, classes, test_y, k) for k in (1, 5)}, "l2": decay}
+    accuracies = {f"acc{k}": accuracy(logits, classes, test_y, k) for k in (1, 5)}
+    of_each = of_classes("class_mean_acc1", hits(logits, classes, test_y, 1), test_y)
+    return {**accuracies, **of_each, "l2": decay}
 
 
 def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:

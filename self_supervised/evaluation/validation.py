@@ -68,17 +68,26 @@ def knn(
 def knn_accuracies(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...], T: float = 0.07
 ) -> dict[int, float]:
-    """Return the accuracies of k nearest neighbors by cosine, each voting with weight exp(cosine / T) (InstDisc,
-    https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images, all of them vote."""
+    """Return the accuracies of `knn_hits` in percent."""
+    hits_of = knn_hits(train_x, train_y, test_x, test_y, ks, T)
+    return {k: 100.0 * int(hits.sum()) / len(test_y) for k, hits in hits_of.items()}
+
+
+def knn_hits(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...], T: float = 0.07
+) -> dict[int, Tensor]:
+    """Return whether k nearest neighbors by cosine find the class of each test image [N]. Each votes with weight
+    exp(cosine / T) (InstDisc, https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images, all of
+    them vote."""
     classes, target = train_y.unique(return_inverse=True)
-    correct = {k: 0 for k in ks}
+    hits: dict[int, list[Tensor]] = {k: [] for k in ks}
     for cosine, neighbor, y in nearest_by_cosine(train_x, test_x, test_y, max(ks)):
         votes = (cosine / T).exp()
         label = target[neighbor]
         for k in ks:
             scores = votes.new_zeros(len(y), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
-            correct[k] += int((classes[scores.argmax(1)] == y).sum())
-    return {k: 100.0 * n / len(test_y) for k, n in correct.items()}
+            hits[k].append(classes[scores.argmax(1)] == y)
+    return {k: torch.cat(parts) for k, parts in hits.items()}
 
 
 def nearest_by_cosine(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
@@ -39,6 +40,21 @@ def test_linear_is_scikit_learns_optimum_at_the_chosen_l2(digits):
     top5 = (np.argsort(-p, axis=1)[:, :5] == test_y[:, None]).any(1).mean()
     assert found["acc5"] == pytest.approx(100 * top5, abs=0.61)
     assert found["acc1"] > 80
+
+
+def test_imbalanced_test_images_have_the_mean_over_classes_too(digits):
+    """It is scikit-learn's balanced accuracy."""
+    rng = np.random.default_rng(0)
+    y = rng.choice([2, 5, 7], 300, p=[0.9, 0.07, 0.03])
+    predicted = np.where(rng.random(300) < 0.7, 2, y)
+    scores = probes.of_classes("mean", torch.from_numpy(predicted == y), torch.from_numpy(y))
+    assert scores == {"mean": pytest.approx(100 * balanced_accuracy_score(y, predicted))}
+    train_x, train_y, test_x, test_y = digits
+    rows = (test_y > 2) | (torch.arange(len(test_y)) % 5 == 0)
+    for protocol, name in ((probes.linear, ""), (probes.knn_protocol, "knn20_")):
+        of_few, of_all = protocol(train_x, train_y, test_x[rows], test_y[rows]), protocol(*digits)
+        assert of_few.keys() - of_all.keys() == {f"{name}class_mean_acc1"}
+        assert of_few[f"{name}class_mean_acc1"] == pytest.approx(of_few[f"{name}acc1"], abs=8)
 
 
 def test_the_chosen_l2_is_the_best_on_the_held_out_part(digits):
