@@ -269,7 +269,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        now = {row.name for row in self.parameter_table()}
+        now = {modules.plain_name(row.name) for row in self.parameter_table()}
         was_trainable = any(name.startswith("model.") for name in self.trained_at_start)
         modules.set_modes(self.model, says_if_frozen=was_trainable)  # otherwise it was said at construction
         if self.lagging_model is not None:

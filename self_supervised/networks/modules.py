@@ -8,8 +8,6 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
-COMPILED = "_orig_mod."  # in the names of a network's tensors after torch.compile(network)
-
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Return whether a layer computes statistics of a batch."""
@@ -24,12 +22,17 @@ def require_module(encoder: Any) -> None:
         )
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has if no network is compiled."""
+    return name.replace("_orig_mod.", "")
+
+
 def rename_as_in(module: nn.Module, tensors: dict[str, Any]) -> None:
     """Give the tensors of a checkpoint their names in `module`. If one of both was compiled, they differ."""
     named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    own = {name.replace(COMPILED, ""): name for name, _ in named}
+    own = {plain_name(name): name for name, _ in named}
     for name in list(tensors):
-        if (renamed := own.get(name.replace(COMPILED, ""), name)) != name:
+        if (renamed := own.get(plain_name(name), name)) != name:
             tensors[renamed] = tensors.pop(name)
 
 

@@ -1,7 +1,6 @@
 """Hyperparameters: those that are passed, a record that cannot be changed, and those in a checkpoint."""
 
 import secrets
-import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from self_supervised.networks import modules
 from self_supervised.training import fit_checks
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
+OF_LOADING = ("map_location", "hparams_file", "strict", "weights_only")  # Lightning's, of load_from_checkpoint
 SEED_AT_IMPORT = torch.initial_seed()
 Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
 
@@ -187,15 +187,16 @@ def misfit_in_words(path: str | Path, method: type[pl.LightningModule], passed: 
     try:
         yield
     except RuntimeError as error:
-        title, *misfits = str(error).splitlines()
-        if not (passed and title.startswith("Error(s) in loading state_dict")):
+        misfit = next((line.strip() for line in str(error).splitlines() if "size mismatch for" in line), None)
+        own = {name: value for name, value in passed.items() if name not in OF_LOADING}
+        if misfit is None or not own:
             raise
-        names = [name if isinstance(value, nn.Module) else f"{name}={value!r}" for name, value in passed.items()]
+        names = [name if isinstance(value, nn.Module) else f"{name}={value!r}" for name, value in own.items()]
         of_linear = "call from_moco_checkpoint, which makes a new classifier on its encoder"
         of_pretraining = "start a pretraining from its encoder: encoder_weights=PATH"
         raise ValueError(
-            f"{', '.join(names)}: {path} does not fit ({textwrap.shorten(misfits[0], 200, placeholder=' ...')}) Leave "
-            f"out what changes the networks, or {of_linear if method.needs_labels else of_pretraining}."
+            f"{', '.join(names)}: {path} does not fit ({misfit}) Pass the settings of its training, or "
+            f"{of_linear if method.needs_labels else of_pretraining}."
         ) from error
 
 

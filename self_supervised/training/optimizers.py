@@ -8,6 +8,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from lars import LARS
 from model_params import EncoderAndDataParams, ModelParams
+from self_supervised.networks.modules import plain_name
 from self_supervised.training.plan import Plan
 from self_supervised.training.schedules import Fraction, Schedule, pretraining_rate
 
@@ -79,8 +80,8 @@ def with_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     before = saved["param_groups"]
     state = saved["state"]
     if all("param_names" in group for group in before):
-        number_of = dict(zip(together(before, "param_names"), together(before, "params"), strict=True))
-        names = zip(together(own, "param_names"), together(own, "params"), strict=True)
+        number_of = dict(zip(map(plain_name, together(before, "param_names")), together(before, "params"), strict=True))
+        names = zip(map(plain_name, together(own, "param_names")), together(own, "params"), strict=True)
         state = {number: state[number_of[name]] for name, number in names if number_of.get(name) in state}
     elif [len(group["params"]) for group in own] != [len(group["params"]) for group in before]:
         raise ValueError(
