@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 import torchvision
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 import ws_resnet
-from model_params import EncoderAndDataParams
 from self_supervised.catalogue import INCEPTIONS
 from self_supervised.networks.output_sizes import measured_width
 from self_supervised.torch_files import data_only
@@ -139,15 +138,13 @@ def without_last_layer(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def has_new_stem(p: EncoderAndDataParams) -> bool:
-    """Return whether `adapt_stem` replaces the first layer of torchvision's encoders, which is for three channels."""
-    return p.channels != 3 or p.low_resolution
-
-
-def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> None:
+def adapt_stem(
+    encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard", published: str | None = None
+) -> None:
     """Replace the first convolution if images do not have its number of channels, or if they are small.
 
-    The new convolution starts from random weights and keeps its type (weight standardization stays).
+    The new convolution starts from random weights and keeps its type (weight standardization stays). With published
+    weights and without the stem for small images, the weights are adapted instead.
 
     Args:
         encoder: changed in place.
@@ -155,9 +152,14 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
         low_resolution: whether to use the stem for small images (SimCLR, B.9): 3 x 3, stride 1, no max-pool after it.
         variant: variants of that stem, for weights of other systems. "padding_2" is a plain convolution with padding 2
             (the original, solo-learn); "no_relu" has no ReLU after it (lightly's ResNets, numbered by nn.Sequential).
+        published: name of the weights that the encoder has, or None.
     """
     path, old = first_convolution(encoder)
     if old.in_channels == channels and not low_resolution:
+        return
+    if published and not low_resolution:
+        old.weight.data = adapted_to_channels(old.weight.data, channels, f"encoder_weights={published!r}")
+        old.in_channels = channels
         return
     wide = low_resolution and variant == "padding_2"
     kernel, stride, padding = (3, 1, 1 + wide) if low_resolution else (old.kernel_size, old.stride, old.padding)
@@ -170,6 +172,13 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
         encoder.maxpool = nn.Identity()
         if variant == "no_relu":
             encoder.relu = nn.Identity()
+
+
+def adapted_to_channels(weight: torch.Tensor, channels: int, source: str) -> torch.Tensor:
+    """Return a convolution's weight [O, 3, ...] from `source` for another number of channels, as timm adapts it: the
+    sum over the three for one channel, otherwise the three in turn, times 3 / channels."""
+    rank_zero_info(f"{source}: the first layer, of 3 channels, is adapted to in_channels={channels}")
+    return weight.sum(1, keepdim=True) if channels == 1 else weight[:, torch.arange(channels) % 3] * (3 / channels)
 
 
 def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:

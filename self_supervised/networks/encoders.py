@@ -126,8 +126,8 @@ def encoder_of_torchvision(p: EncoderAndDataParams, published: str | None) -> nn
             "size, which is in its name"
         ) from error
     encoder = builders.without_last_layer(classifier, p.encoder_arch)
-    builders.adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
-    if published and builders.has_new_stem(p):
+    builders.adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant, published)
+    if published and p.low_resolution:
         refuse_frozen_new_stem(p)
     exchange_convolutions(encoder, PointConv2d)
     return encoder
@@ -142,7 +142,7 @@ def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
         if not weights.settings:  # of a checkpoint of ours, which has other constants
             refuse_other_pixels(p, p.encoder_weights)
             layouts.refuse_other_heads(weights, p.encoder_arch)
-        layouts.load_into(encoder, weights, p.encoder_arch)
+        layouts.load_into(encoder, weights, p)
     except ValueError as error:
         raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
 
@@ -224,9 +224,9 @@ def refuse_frozen_new_stem(p: EncoderAndDataParams) -> None:
     of that layer."""
     what = (
         f"encoder_weights={p.encoder_weights!r}: the first layer starts from random weights, because "
-        f"in_channels={p.channels} and low_resolution_stem={p.low_resolution}"
+        "low_resolution_stem=True"
     )
-    way_out = "Set in_channels=3 and low_resolution_stem=False to start from the published ones"
+    way_out = "Set low_resolution_stem=False to start from the published ones"
     if getattr(p, "encoder_lr", 0) is None:  # 0: settings of pretraining, which have no such field
         raise ValueError(f"{what}, and stays so in a frozen encoder. {way_out}, or set encoder_lr.")
     rank_zero_info(f"warning: {what}. {way_out}")

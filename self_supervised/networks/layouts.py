@@ -15,8 +15,10 @@ from typing import Any
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
 from self_supervised.fields import first_of
+from self_supervised.networks.builders import adapted_to_channels
 from self_supervised.numerics import not_finite
 from self_supervised.torch_files import EXPORTED, safe_load
 
@@ -272,8 +274,10 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
     return {kind: names for kind, names in kinds.items() if names}
 
 
-def load_into(encoder: nn.Module, weights: WeightsFile, name: str) -> tuple[str, ...]:
+def load_into(encoder: nn.Module, weights: WeightsFile, p: EncoderAndDataParams) -> tuple[str, ...]:
     """Load all tensors of the encoder from the file. Return the keys that were left out: heads and other networks.
+
+    If nothing but the first layer does not fit, which is for three channels, it is adapted to the images' number.
 
     Raises:
         ValueError: tensors are missing, unexpected (except those of a head), of another shape, or not finite. The
@@ -285,15 +289,28 @@ def load_into(encoder: nn.Module, weights: WeightsFile, name: str) -> tuple[str,
     # the user's own module may also be numbered, or have a child named as a prefix
     states = (weights.state, torchvisions(weights.state), weights.full)
     state, wrong = min(((state, misfits(state, wanted)) for state in states), key=lambda pair: n_names(pair[1]))
-    if wrong:
-        raise ValueError(mismatch_message(weights, name, wrong))
-    encoder.load_state_dict({key: state.get(names[key], value) for key, value in own.items()})
+    adapted = first_layer(state, wanted, p.channels, weights.source) if n_names(wrong) == 1 else {}
+    if wrong and not adapted:
+        raise ValueError(mismatch_message(weights, p.encoder_arch, wrong))
+    loaded = {**wanted, **state, **adapted}
+    encoder.load_state_dict({key: loaded[names[key]] for key in own})
     if bad := not_finite(encoder):
         raise ValueError(
-            f"{weights.source}: {len(bad)} of {len(wanted)} tensors of its {name} are not finite "
+            f"{weights.source}: {len(bad)} of {len(wanted)} tensors of its {p.encoder_arch} are not finite "
             f"(the first: {bad[0]}). Use an earlier checkpoint."
         )
     return (*(key for key in state if key not in wanted), *(() if state is weights.full else weights.left_out))
+
+
+def first_layer(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], channels: int, source: str
+) -> dict[str, Tensor]:
+    """Return {name: weight} of a convolution for three channels, adapted to another number; {} if there is none."""
+    for key, own in wanted.items():
+        of_three = (*own.shape[:1], 3, *own.shape[2:])
+        if key in state and own.dim() > 3 and own.shape[1] == channels != 3 and state[key].shape == of_three:
+            return {key: adapted_to_channels(state[key], channels, source)}
+    return {}
 
 
 def n_names(wrong: Mapping[Any, Collection[str]]) -> int:

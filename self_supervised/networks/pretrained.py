@@ -58,7 +58,7 @@ def load_encoder(
             f"stem_variant={params.stem_variant!r}, but {weights.source} has {settings['stem_variant']!r}: leave it out"
         )
     model, _ = encoders.get_encoder(params, encoder)
-    left_out = layouts.load_into(model, weights, params.encoder_arch)
+    left_out = layouts.load_into(model, weights, params)
     report = Report(
         source=weights.source,
         layout=weights.layout,

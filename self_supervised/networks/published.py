@@ -9,7 +9,7 @@ from attrs import fields
 
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.networks import builders, encoders
+from self_supervised.networks import encoders
 from self_supervised.networks.frozen_encoder import MEAN_AND_STD, Encoder, Report, with_overrides
 
 
@@ -25,7 +25,7 @@ def is_published(name: str) -> bool:
 def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> Encoder:
     """Load an encoder with published weights of torchvision or timm, which are downloaded unless they are cached.
 
-    With `new_stem`, a first layer that the weights do not fit starts from random weights, as in a training.
+    With `new_stem`, the stem for small images starts from random weights, as in a training.
     """
     arch, _, weights = (name, "", "DEFAULT") if name.startswith("timm:") else name.partition(":")
     try:
@@ -46,10 +46,10 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
     if overrides.get("in_channels") == 1:
         settings |= {name: [sum(settings[name]) / 3] for name in MEAN_AND_STD if name in settings}
     params = with_overrides(settings, overrides)
-    if not new_stem and arch in catalogue.torchvision_models() and builders.has_new_stem(params):
+    if not new_stem and arch in catalogue.torchvision_models() and params.low_resolution:
         raise ValueError(
-            f"in_channels={params.channels} with low_resolution_stem={params.low_resolution} would leave the first "
-            f"layer of {name} without its published weights. Leave both out."
+            f"low_resolution_stem=True would leave the first layer of {name} without its published weights. Leave it "
+            "out."
         )
     try:
         model, _ = encoders.get_encoder(params)

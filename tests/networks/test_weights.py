@@ -29,7 +29,7 @@ from self_supervised import evaluate
 from self_supervised.embeddings import embed
 from self_supervised.embeddings.parquet import facts_of_file
 from self_supervised.exports import export
-from self_supervised.networks import architectures, baselines, encoders, frozen_encoder, layouts
+from self_supervised.networks import architectures, baselines, builders, encoders, frozen_encoder, layouts
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.torch_files import StandIn, safe_load
 
@@ -821,9 +821,8 @@ def test_published_by_torchvision(name, hub):
         with pytest.raises(ValueError, match=f"{fact}={other!r}: {name} stands for '.*leave {fact} out"):
             load_encoder(name, **{fact: other})
     assert load_encoder(name, encoder_arch="resnet18").report.architecture == "resnet18"
-    for change in ({"in_channels": 1, "image_mean": [0.4], "image_std": [0.2]}, {"low_resolution_stem": True}):
-        with pytest.raises(ValueError, match="would leave the first layer of resnet18.* without its published weights"):
-            load_encoder(name, **change)
+    with pytest.raises(ValueError, match="would leave the first layer of resnet18.* without its published weights"):
+        load_encoder(name, low_resolution_stem=True)
     p = load_encoder(name, dataset_name="stl10", transform_crop_size=96).params
     assert (p.crop_size, p.mean, p.dataset_name) == (96, (0.485, 0.456, 0.406), "stl10")
 
@@ -841,6 +840,27 @@ def test_a_first_layer_without_its_published_weights_is_named(hub, caplog):
         caplog.clear()
         method = build(**stem, low_resolution_stem=False)
         assert torch.equal(method.model.conv1.weight, network().conv1.weight) and "warning" not in caplog.text
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_published_weights_are_adapted_to_other_channels(channels, hub, caplog):
+    constants = {"image_mean": [0.5] * channels, "image_std": [0.2] * channels}
+    of_files = {"dataset_name": "folder", "encoder_arch": "resnet18", "in_channels": channels, **constants}
+    method = LinearClassifierMethod("linear_sgd", n_classes=2, encoder_weights="DEFAULT", **of_files)  # it is frozen
+    said = f"encoder_weights='DEFAULT': the first layer, of 3 channels, is adapted to in_channels={channels}"
+    assert said in caplog.text and "warning" not in caplog.text
+    wanted = {**own(), "conv1.weight": timm.models.adapt_input_conv(channels, own()["conv1.weight"])}
+    for model in (method.model, load_encoder("resnet18", in_channels=channels, **constants).model):
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_bias_of_an_adapted_first_layer_stays():
+    with torch.no_grad():
+        model = torchvision.models.squeezenet1_1().eval()
+        x = torch.rand(1, 1, 64, 64)
+        wanted = model.features(x.expand(-1, 3, -1, -1))
+        builders.adapt_stem(model, 1, low_resolution=False, published="DEFAULT")
+        assert torch.allclose(model.features(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_published_weights_from_which_a_training_started(hub, tmp_path, monkeypatch):
@@ -945,6 +965,45 @@ def test_pretraining_starts_from_any_file(small, tmp_path):
         assert torch.equal(model.model.state_dict()[key], value), key
     with pytest.raises(ValueError, match="encoder_weights='lightly.ckpt' .*missing: layer1.2"):
         SelfSupervisedMethod(small(encoder_arch="resnet34", encoder_weights="lightly.ckpt"))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+@pytest.mark.parametrize("arch", ["resnet18", "squeezenet1_1", "timm:vit_tiny_patch16_224"])
+def test_a_file_for_three_channels_is_adapted_to_others(arch, channels, tmp_path, caplog):
+    fields = {"encoder_arch": arch, "dataset_name": "folder", "transform_crop_size": 224 if "vit" in arch else 64}
+    source, _ = encoders.get_encoder(ModelParams(**fields))
+    torch.save(source.state_dict(), tmp_path / "rgb.pth")
+    constants = {"in_channels": channels, "image_mean": [0.5] * channels, "image_std": [0.2] * channels}
+    p = ModelParams(**fields, **constants, encoder_weights=str(tmp_path / "rgb.pth"))
+    found = encoders.get_encoder(p)[0]
+    assert f"rgb.pth: the first layer, of 3 channels, is adapted to in_channels={channels}" in caplog.text
+    path, first = builders.first_convolution(source)
+    adapted = timm.models.adapt_input_conv(channels, first.weight.detach())
+    wanted = {**source.state_dict(), f"{path}.weight": adapted}
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.state_dict().items())
+    assert torch.equal(baselines.starting_encoder(p, p.encoder_weights).model.get_submodule(path).weight, adapted)
+
+
+def test_a_gray_image_has_the_embedding_of_its_three_copies(tmp_path):
+    torch.save(own(), tmp_path / "rgb.pth")
+    constants = ({"image_mean": [0.4] * n, "image_std": [0.2] * n, "transform_crop_size": 64} for n in (1, 3))
+    gray, rgb = (load_encoder(tmp_path / "rgb.pth", in_channels=len(c["image_mean"]), **c) for c in constants)
+    images = torch.randint(256, (2, 1, 64, 64), dtype=torch.uint8)
+    assert torch.allclose(gray.embed(images), rgb.embed(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("in_file", "channels", "stem"), [(4, 1, None), (1, 3, None), (4, 6, None), (3, 1, "cifar")])
+def test_other_first_layers_are_not_adapted(in_file, channels, stem, tmp_path):
+    weight = torch.randn(64, in_file, *own(stem=stem)["conv1.weight"].shape[2:])
+    torch.save({**own(stem=stem), "conv1.weight": weight}, tmp_path / "start.pth")
+    constants = {"in_channels": channels, "image_mean": [0.5] * channels, "image_std": [0.2] * channels}
+    p = ModelParams(
+        dataset_name="folder", encoder_arch="resnet18", encoder_weights=str(tmp_path / "start.pth"), **constants
+    )
+    with pytest.raises(
+        ValueError, match=rf"another shape: conv1.weight \(64, {in_file}, .* of \(64, {channels}, 7, 7\)"
+    ):
+        encoders.get_encoder(p)
 
 
 # ---- encoders of clips ----
