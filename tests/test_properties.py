@@ -302,6 +302,7 @@ def outcome(preset: str, fields: dict, trainer, own_images: bool = True) -> str:
     return "trains"
 
 
+@pytest.mark.slow
 @settings(
     max_examples=100 * LONG,
     derandomize=LONG == 1,

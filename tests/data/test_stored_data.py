@@ -737,6 +737,7 @@ def test_datasets_is_imported_for_its_folders_alone(tmp_path):
 # ---- programs ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shards", "arrow"])
 def test_programs(kind, stored, tmp_path, monkeypatch, capsys):
     options = ["--dataset_name", "folder", "--data_path", stored[kind], "--transform_crop_size", "32", "--encoder_arch"]

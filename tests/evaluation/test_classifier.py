@@ -158,6 +158,7 @@ def test_patterns_select_the_images_to_classify_and_are_told(images, checkpoint,
     assert "labeled: 30 labeled images\n" in printed
 
 
+@pytest.mark.slow
 def test_the_file_of_the_classifier_is_applied_exported_and_read_by_the_method(
     images, checkpoint, tmp_path, monkeypatch, trainer, capsys
 ):

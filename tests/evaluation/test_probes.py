@@ -138,6 +138,7 @@ def test_hyperparameters_do_not_depend_on_test_labels(digits):
     assert right["l2"] == wrong["l2"] and right["acc1"] + wrong["acc1"] <= 100
 
 
+@pytest.mark.slow
 def test_the_few_label_curve_rises_to_all_labels(digits, monkeypatch):
     monkeypatch.setattr(probes, "FEW_LABELS", (1, 20, 1000))
     monkeypatch.setattr(probes, "FEW_DRAWS", 2)

@@ -208,6 +208,7 @@ def image_files(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "channels", "normalize"),
     [("imagenet", 3, False), ("imagenet", 3, True), ("imagenet", 1, False), ("cifar10", 3, False)],
@@ -649,6 +650,7 @@ def test_parts_of_a_resnet_and_its_heads(checkpoint):
     assert flops["prediction_model"] == 2 * (16 * 32 + 32 * 16)
 
 
+@pytest.mark.slow
 def test_an_exported_stem_of_another_system_is_read_back_as_itself(tmp_path):
     """And weights of one stem are refused for another, whose tensors have the same shapes."""
     model = SelfSupervisedMethod("simclr", dataset_name="cifar10", stem_variant="padding_2", dim=8, seed=0)

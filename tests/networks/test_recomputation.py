@@ -31,6 +31,7 @@ def test_blocks_are_those_of_the_architecture(name, n):
     assert len(found) == n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, more", [
     ("moco_v2", {}), ("byol", {"micro_batch_size": 3}), ("simclr", {"encoder_arch": "ws_resnet18"}),
     ("vicreg", {"encoder_arch": "timm:test_vit", "transform_crop_size": 160}),

@@ -42,6 +42,7 @@ def test_its_image_size_can_be_chosen(teacher, small):
     assert seen == [(9, 9)]
 
 
+@pytest.mark.slow
 def test_a_teacher_of_an_unknown_architecture_has_a_way_out(small, tmp_path):
     torch.save({"0.weight": torch.zeros(3, 3), "1.weight": torch.zeros(3)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"^teacher='.*x.pth': .*self-supervised export .*x.pth --encoder_arch NAME"):
@@ -65,6 +66,7 @@ def test_it_sees_the_channels_that_were_named(teacher):
     )  # the same constants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["seed", "ip", "vic"])
 def test_the_student_learns_and_the_teacher_stays_outside_of_the_checkpoint(loss, teacher, small, trainer, tmp_path):
     fields = {"use_negative_examples_from_queue": loss == "seed", "loss_type": loss, "lr": 0.1, "evaluations": []}

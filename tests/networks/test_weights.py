@@ -564,6 +564,7 @@ def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
 # ---- what the file does not say ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "shufflenet_v2_x0_5", "regnet_y_400mf"])
 def test_the_architecture_is_inferred(name, tmp_path):
     """RegNets are not tried: users pass their names."""
@@ -591,6 +592,7 @@ def test_published_names_of_densenets(tmp_path):
         assert torch.equal(last, source.features.denseblock4.denselayer16.conv2.weight)
 
 
+@pytest.mark.slow
 def test_assumptions_are_reported(tmp_path):
     """Group norm without weight standardization has the same names, and many models of timm have the same shapes."""
     torch.save(ws_resnet.ws_resnet18().state_dict(), tmp_path / "gn.pth")

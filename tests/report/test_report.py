@@ -82,6 +82,7 @@ def pixels(uri: str) -> np.ndarray:
 # ---- content of the page ----
 
 
+@pytest.mark.slow
 def test_every_logged_column_is_drawn_with_its_numbers(run, page):
     drawn = set()
     for figure in data_of(page)["figures"]:
@@ -274,6 +275,7 @@ def test_runs_with_the_same_name_are_named_by_their_paths(tmp_path):
         evaluations.names_of_runs([folders[0], folders[0]])
 
 
+@pytest.mark.slow
 def test_the_command_writes_into_the_runs_folder(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "0"])
     report.main()
@@ -316,6 +318,7 @@ LINES = """[...document.querySelectorAll(".chart")].map(chart => [chart.dataset.
   [...chart.querySelectorAll("path.line")].map(one => one.getTotalLength() > 10 || !!chart.querySelector("circle"))])"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
 def test_the_page_is_drawn_and_readable(page, tmp_path, width, dark):

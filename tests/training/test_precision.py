@@ -109,6 +109,7 @@ def test_a_run_says_and_records_its_precision_and_keeps_it_when_resumed(machine,
     assert run(*again) == ("bf16-mixed", "precision: bf16-mixed (as before)")
 
 
+@pytest.mark.slow
 def test_the_random_encoders_scores_differ_little_with_the_precision(small, trainer):
     found = {}
     for name in ("32-true", "bf16-mixed"):
