@@ -29,6 +29,7 @@ from self_supervised.runs.run_options import RunOptions
 from self_supervised.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
+LONGEST = 300  # seconds: two programs import and train in 20, and in over 100 beside other loads
 SCRIPT = '''
 import atexit
 import faulthandler
@@ -37,7 +38,7 @@ import sys
 import time
 from pathlib import Path
 
-faulthandler.dump_traceback_later(120, exit=True)  # the test that started it may be gone
+faulthandler.dump_traceback_later(320, exit=True)  # the test that started it may be gone
 
 import pytorch_lightning as pl
 import torch
@@ -115,7 +116,7 @@ class Programs:
     def outputs(self) -> str:
         return outputs(self.folder)
 
-    def wait(self, seconds: float = 100, status: int = 0) -> None:
+    def wait(self, seconds: float = LONGEST, status: int = 0) -> None:
         """Wait until all have ended, and check their status."""
         end = time.monotonic() + seconds
         for process in self.running:
@@ -194,7 +195,7 @@ def start(programs: Programs, launcher: str, **options: object) -> None:
 SAVED = "step_000000004.ckpt"
 
 
-def wait_for_pause(folder: Path, running: Callable[[], bool], seconds: float = 100) -> None:
+def wait_for_pause(folder: Path, running: Callable[[], bool], seconds: float = LONGEST) -> None:
     end = time.monotonic() + seconds
     while not all((folder / f"paused_{rank}").exists() for rank in range(2)):
         assert time.monotonic() < end and running(), outputs(folder)[-5000:]

@@ -230,7 +230,7 @@ def test_a_signal_saves_and_ends_the_run_cleanly(world, to, number, tmp_path):
     time.sleep(0.3)
     for rank in to:
         os.kill(running[rank].pid, getattr(signal, number))
-    assert processes.join(running, timeout=60) == [0] * world, (tmp_path / "output_0.txt").read_text()
+    assert processes.join(running, timeout=200) == [0] * world, (tmp_path / "output_0.txt").read_text()
     saved = checkpoints.read_checkpoint(newest(tmp_path / "run"))
     assert saved["global_step"] > 0
     assert "Error" not in (tmp_path / "output_0.txt").read_text()
