@@ -46,7 +46,12 @@ def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
 
 def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
     """Return the percentage of images whose class is among the k highest logits; column i belongs to classes[i]."""
-    return 100.0 * (int(hits(logits, classes, y, k).sum()) / len(y))
+    return percentage(hits(logits, classes, y, k))
+
+
+def percentage(hits: Tensor) -> float:
+    """Return the percentage of images [N] that are hits."""
+    return 100.0 * (int(hits.sum()) / len(hits))
 
 
 def hits(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from self_supervised.data import subsets
 from self_supervised.evaluation import validation
-from self_supervised.evaluation.linear_models import accuracy, few_presences, hits, linear_logits, standardized, svm
+from self_supervised.evaluation.linear_models import (
+    accuracy,
+    few_presences,
+    hits,
+    linear_logits,
+    percentage,
+    standardized,
+    svm,
+)
 from self_supervised.numerics import Scores, finite
 
 KS = (1, 5, 20, 200)  # neighbors of kNN
@@ -33,7 +41,7 @@ DECAY_OF_FEW = validation.PROBE_DECAY  # that of the linear probe during pretrai
 
 def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
     found_by = validation.knn_hits(train_x, train_y, test_x, test_y, KS)
-    accuracies = {f"knn{k}_acc1": 100.0 * int(found.sum()) / len(test_y) for k, found in found_by.items()}
+    accuracies = {f"knn{k}_acc1": percentage(found) for k, found in found_by.items()}
     return accuracies | of_classes("knn20_class_mean_acc1", found_by[20], test_y)
 
 
@@ -64,9 +72,9 @@ def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, see
     train_x, test_x = standardized(train_x, test_x)
     decay = choose_decay(train_x, target, seed)
     _, logits = linear_logits(train_x, test_x, target, decay, PRECISION)
-    accuracies = {f"acc{k}": accuracy(logits, classes, test_y, k) for k in (1, 5)}
-    of_each = of_classes("class_mean_acc1", hits(logits, classes, test_y, 1), test_y)
-    return {**accuracies, **of_each, "l2": decay}
+    first, first_five = (hits(logits, classes, test_y, k) for k in (1, 5))
+    accuracies = {"acc1": percentage(first), "acc5": percentage(first_five)}
+    return {**accuracies, **of_classes("class_mean_acc1", first, test_y), "l2": decay}
 
 
 def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:

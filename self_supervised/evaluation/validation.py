@@ -20,7 +20,7 @@ from torch import Tensor
 
 from self_supervised.catalogue import LABEL_FREE
 from self_supervised.data.class_labels import is_one_hot
-from self_supervised.evaluation.linear_models import accuracy, linear_logits, standardized, within_span
+from self_supervised.evaluation.linear_models import accuracy, linear_logits, percentage, standardized, within_span
 from self_supervised.numerics import NotFinite, Scores, finite, rescaled, unit, where_scorable
 
 PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
@@ -60,17 +60,9 @@ def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float
 def knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
 ) -> Scores:
-    """Score k nearest neighbors, with the accuracies of `knn_accuracies`."""
-    accuracies = knn_accuracies(train_x, train_y, test_x, test_y, ks, T)
-    return {f"valid_knn{k}_acc": value for k, value in accuracies.items()}
-
-
-def knn_accuracies(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...], T: float = 0.07
-) -> dict[int, float]:
-    """Return the accuracies of `knn_hits` in percent."""
+    """Return the accuracies of `knn_hits`."""
     hits_of = knn_hits(train_x, train_y, test_x, test_y, ks, T)
-    return {k: 100.0 * int(hits.sum()) / len(test_y) for k, hits in hits_of.items()}
+    return {f"valid_knn{k}_acc": percentage(hits) for k, hits in hits_of.items()}
 
 
 def knn_hits(

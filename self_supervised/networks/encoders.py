@@ -222,10 +222,8 @@ def report_other_pixels(encoder: nn.Module, p: EncoderAndDataParams, weights: st
 def refuse_frozen_new_stem(p: EncoderAndDataParams) -> None:
     """Raise ValueError if the encoder stays frozen with a first layer that was replaced, and is random; otherwise warn
     of that layer."""
-    what = (
-        f"encoder_weights={p.encoder_weights!r}: the first layer starts from random weights, because "
-        "low_resolution_stem=True"
-    )
+    weights = f"encoder_weights={p.encoder_weights!r}"
+    what = f"{weights}: the first layer starts from random weights, because low_resolution_stem=True"
     way_out = "Set low_resolution_stem=False to start from the published ones"
     if getattr(p, "encoder_lr", 0) is None:  # 0: settings of pretraining, which have no such field
         raise ValueError(f"{what}, and stays so in a frozen encoder. {way_out}, or set encoder_lr.")

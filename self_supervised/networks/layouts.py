@@ -19,6 +19,7 @@ from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
 from self_supervised.fields import first_of
 from self_supervised.networks.builders import adapted_to_channels
+from self_supervised.networks.modules import plain_name
 from self_supervised.numerics import not_finite
 from self_supervised.torch_files import EXPORTED, safe_load
 
@@ -172,7 +173,7 @@ def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
     content = safe_load(path, of_others=True)
     holder, tensors = held_weights(content, path)
     about = {} if holder is None else content  # entries next to the tensors
-    names = {key: key.replace("_orig_mod.", "").removeprefix("module.") for key in tensors}
+    names = {key: plain_name(key).removeprefix("module.") for key in tensors}
     settings = about.get(EXPORTED) or about.get("hyper_parameters")
     is_ours = isinstance(settings, Mapping) and "encoder_arch" in settings
     settings = settings if is_ours and str(settings.get("dataset_name")) in DATASETS else {}
@@ -284,7 +285,7 @@ def load_into(encoder: nn.Module, weights: WeightsFile, p: EncoderAndDataParams)
             message names them, and the layout as which the file was read.
     """
     own = encoder.state_dict()
-    names = {key: key.replace("_orig_mod.", "") for key in own}  # it may be compiled, too
+    names = {key: plain_name(key) for key in own}  # it may be compiled, too
     wanted = {names[key]: value for key, value in own.items()}
     # the user's own module may also be numbered, or have a child named as a prefix
     states = (weights.state, torchvisions(weights.state), weights.full)
@@ -331,7 +332,7 @@ def mismatch_message(weights: WeightsFile, name: str, wrong: Mapping[str, list[s
 
 def grouped(keys: Iterable[str]) -> str:
     """Return keys counted by their first part, as text: "fc. (2 tensors), encoder_k. (320 tensors), queue"."""
-    parts = (key.replace("_orig_mod.", "").removeprefix("module.").partition(".") for key in keys)
+    parts = (plain_name(key).removeprefix("module.").partition(".") for key in keys)
     counts = Counter(first + dot for first, dot, _ in parts)
     counted = {name: "1 tensor" if n == 1 else f"{n} tensors" for name, n in counts.items()}
     return ", ".join(f"{name} ({words})" if name.endswith(".") else name for name, words in counted.items())
