@@ -153,6 +153,7 @@ def small_data(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of", "ignore:There is a wandb")
 @pytest.mark.parametrize("name", SECTIONS)
 def test_python_blocks(name, small_data, tmp_path, monkeypatch):

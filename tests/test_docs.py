@@ -71,6 +71,7 @@ def test_links_lead_somewhere(page):
 # ---- getting_started.md ----
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of")
 def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, capsys):
     class ShortTrainer(pl.Trainer):

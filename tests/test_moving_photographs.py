@@ -101,6 +101,7 @@ def test_it_is_the_set_that_the_library_reads(folder, monkeypatch):
     assert dataset[3][0].shape == (3, 8, 32, 32)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_nothing_is_overwritten(folder, tmp_path, monkeypatch, capsys):
     n = {"train": 1, "val": 1}
     first, again, other = (moving_photographs.make(tmp_path / str(i), n, 32, seed) for i, seed in enumerate((3, 3, 4)))

@@ -737,6 +737,7 @@ def test_many_channels_train(tmp_path, trainer):
     assert next(model.parameters()).shape[1] == 5
 
 
+@pytest.mark.slow
 def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplog):
     p = params(write(tmp_path / "flat", {name: name.replace("/", "_") for name in NAMES}))
     model, fit = SelfSupervisedMethod(p), trainer(limit_val_batches=1.0)

@@ -154,6 +154,7 @@ def test_labels_of_a_directory_are_those_that_are_asked_for(photos, tmp_path):
         embed.embed(tiny(), photos, out, labels_from=None, label_key="a", **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_fact_that_a_file_lacks_is_an_option(photos, tmp_path, monkeypatch):
     """As in the other programs: this file does not say which stem its ResNet had."""
     params = EncoderAndDataParams(encoder_arch="resnet18", dataset_name="cifar10", stem_variant="no_relu")
@@ -821,6 +822,7 @@ def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatc
     assert "must end in .png, .html or .parquet" in run_command(monkeypatch, embedding_map, features, "--out", "m.pdf")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_the_page_works_in_a_browser(features, tmp_path):
     embedding_map.make_map(features, [tmp_path / "map.html"])

@@ -276,6 +276,7 @@ def test_protocols_that_train_on_clips_and_are_scored_on_several(pretrained, tmp
     assert batches == [6] * 4 + [6] * 8  # two batches of clips per epoch; then each video with its six clips
 
 
+@pytest.mark.slow
 def test_the_command_takes_clips_and_crops(folder, tmp_path, monkeypatch, capsys):
     path = saved(
         ModelParams(**{**SMALL, "encoder_arch": "s3d", "transform_crop_size": 32, "num_frames": 8}),

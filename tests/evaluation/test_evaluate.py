@@ -111,6 +111,7 @@ def test_images_are_embedded_in_another_size(checkpoint, tmp_path):
     assert "Images are embedded in the size 12 x 12." in table and "only in results.json: 2" in table
 
 
+@pytest.mark.slow
 def test_facts_that_a_file_lacks_are_passed(checkpoint, tmp_path):
     """A state dict of another system says nothing of its images."""
     torch.save(load_encoder(checkpoint).model.state_dict(), tmp_path / "weights.pth")
@@ -238,6 +239,7 @@ def test_an_evaluation_does_not_delete_the_results_of_another_one_that_runs(tmp_
     assert results.read_results(first.path)["runs"] == [run | told]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes(checkpoint, monkeypatch, tmp_path):
     whole = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "whole")
     calls, run = [], PROTOCOLS["uniformity"].run
@@ -534,6 +536,7 @@ def test_voc_is_read_from_its_lists(voc_folder):
     assert dataset.files[3][0].endswith("JPEGImages/test003.jpg") and len(dataset) == 20
 
 
+@pytest.mark.slow
 def test_voc_by_its_protocols(voc_folder, tmp_path, small, trainer):
     params = small(
         "simclr", dataset_name="voc07", transform_crop_size=32, num_data_workers=0, low_resolution_stem=False

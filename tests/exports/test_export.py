@@ -179,6 +179,7 @@ def test_onnx_is_one_valid_file_with_any_batch(checkpoint, exported):
         assert close(session.run(None, {"images": images.numpy()})[0], expected)
 
 
+@pytest.mark.slow
 def test_normalize_is_part_of_the_program(small_checkpoint, same_process, tmp_path):
     path = export.export(small_checkpoint, "torchscript", tmp_path, normalize=True)
     notes = {"self_supervised": "", "preprocessing": ""}
@@ -280,7 +281,7 @@ OTHERS = [
     ("resnet18", 32, 3),
     ("resnet50", 64, 5),
     ("ws_resnet18", 64, 3),
-    ("vit_b_32", 64, 3),
+    pytest.param("vit_b_32", 64, 3, marks=pytest.mark.slow),
 ]
 
 
@@ -423,6 +424,7 @@ def test_detectron2_finds_every_tensor_under_its_name(arch, channels, encoder):
     assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is False and config["INPUT.FORMAT"] == {1: "L", 3: "RGB"}[channels]
 
 
+@pytest.mark.slow
 def test_detectron2_file_is_like_those_of_its_model_zoo(exported):
     file = pickle.loads(exported("detectron2").read_bytes())
     assert file["matching_heuristics"] is True and file["__author__"] == "self_supervised"
@@ -587,6 +589,7 @@ def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, cap
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == found
 
 
+@pytest.mark.slow
 def test_an_impossible_format_does_not_stop_the_others(small_checkpoint, same_process, tmp_path, monkeypatch, capsys):
     order = ["detectron2", "torchvision", "timm", "torchscript"]  # the first and the third cannot hold a ShuffleNet
     with pytest.raises(SystemExit) as end:

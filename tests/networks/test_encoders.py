@@ -221,6 +221,7 @@ def test_timm_where_it_is_installed():
             ModelParams(encoder_arch="timm:resnet10")
 
 
+@pytest.mark.slow
 def test_timms_vit_is_built_for_the_size_of_the_images(tmp_path):
     """By name, from a checkpoint's settings, and from tensors alone, whose position embeddings determine the size."""
     pytest.importorskip("timm")

@@ -114,6 +114,7 @@ def test_one_input_gives_zero_not_nan():
     assert torch.equal(ws_resnet.standardized_weight(torch.randn(4, 1, 1, 1)), torch.zeros(4, 1, 1, 1))
 
 
+@pytest.mark.slow
 def test_ws_resnet_is_a_group_normalized_resnet_with_standardized_weights():
     ours = ws_resnet.ws_resnet18(num_classes=7)
     theirs = torchvision.models.resnet18(num_classes=7, norm_layer=lambda channels: nn.GroupNorm(32, channels))

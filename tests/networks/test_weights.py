@@ -534,6 +534,7 @@ def test_starting_weights_of_timm_may_be_others_of_the_same_architecture(monkeyp
     assert baselines.starting_encoder(p, "resnet50") == p.encoder_arch  # which `published` refuses
 
 
+@pytest.mark.slow
 def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     torch.save(own("shufflenet_v2_x0_5"), tmp_path / "start.pth")
     channels = {"encoder_arch": "shufflenet_v2_x0_5", "in_channels": 3, "evaluations": []}
@@ -673,6 +674,7 @@ def test_moco_v3s_vit_small_has_other_heads_than_timms(tmp_path):
     assert torch.allclose(encoder(x), source(x), atol=3e-5) and encoder.report.layout == "moco v3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "width"), [("tiny", 192), ("small", 384)])
 def test_vision_transformers_of_moco_v3_are_known_by_their_position_embeddings(size, width, tmp_path):
     """In a file of solo-learn, and as the start of a training. MAE's embeddings, also fixed, go by rows."""

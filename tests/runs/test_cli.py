@@ -440,6 +440,7 @@ def test_a_checkpoint_that_is_absent_damaged_or_older_is_written_again(tmp_path)
     assert earlier_run.is_written(path, 3) and not earlier_run.is_written(path, 4)
 
 
+@pytest.mark.slow
 def test_fewer_epochs_of_the_linear_stage_are_refused_before_anything_is_written(run, monkeypatch, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
     line = RUN.format(out=out) + " --resume auto --linear_epochs"
@@ -520,6 +521,7 @@ def test_a_resumed_run_compares_scores_of_the_same_images(run, trainer, monkeypa
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_save_best_may_be_left_out_when_a_complete_run_is_resumed(run, monkeypatch, tmp_path):
     line = RUN.format(out=shutil.copytree(run, tmp_path / "copy")).replace("--save_every_n_epochs 2", "")
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):

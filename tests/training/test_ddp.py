@@ -265,6 +265,7 @@ def drawn_seeds(rank: int, world: int, given: int | None) -> dict:
     return {"seed": method.params.seed, "hparams": dict(stage.hparams), "first": first, "last": method.state_dict()}
 
 
+@pytest.mark.slow
 def test_processes_share_a_seed_that_is_drawn(tmp_path):
     first, second = processes.run(drawn_seeds, 2, tmp_path, 2, None)
     assert first["seed"] == second["seed"] == 5 == first["hparams"]["seed"] == second["hparams"]["seed"]

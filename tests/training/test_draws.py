@@ -58,7 +58,12 @@ def train_presets(rank: int, world: int, presets: list[str]) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("world", "presets"), [(2, IMAGES), (4, IMAGES if LONG > 1 else ["moco_v2", "simclr", "vicreg"])]
+    ("world", "presets"),
+    [
+        (2, ["moco_v2", "simclr", "vicreg"]),
+        pytest.param(2, IMAGES, marks=pytest.mark.slow),
+        pytest.param(4, IMAGES if LONG > 1 else ["moco_v2", "simclr", "vicreg"], marks=pytest.mark.slow),
+    ],
 )
 def test_weights_do_not_depend_on_the_number_of_processes(world, presets, tmp_path):
     """20 steps on packed images, with a normalization that does not look across the batch. In float64, because LARS

@@ -67,7 +67,7 @@ def test_training_equals_that_with_whole_batches(preset, fields):
         assert torch.allclose(parts[name].double(), value.double(), rtol=1e-8, atol=1e-9), name
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_weights_that_passes_share_have_all_gradients(precision, monkeypatch):
     """Of a ResNet whose passes share converted weights, those of passes without gradients, too."""
     torch.manual_seed(0)
