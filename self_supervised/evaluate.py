@@ -81,7 +81,7 @@ def evaluate_checkpoint(
     Args:
         checkpoint: anything that `load_encoder` accepts.
         protocols: names in PROTOCOLS; default: all that the encoder and data set permit, except those that train by SGD
-            and the slow ones.
+            and those that are not `by_default`.
         dataset: data set whose labels are used; default: that of the pretraining.
         out: directory of the results; default: next to the checkpoint, or in runs/ for a published encoder.
         encoder: your own module, if one was pretrained.
@@ -285,13 +285,8 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset_name", "--dataset", metavar="NAME", help="labeled data set; default: that of the pretraining"
     )
-    parser.add_argument(
-        "--protocols",
-        action=ListOption,
-        type=items(),
-        metavar="NAME",
-        help="evaluations to run, named by --list; default: all but the slow ones and those that train by SGD",
-    )
+    protocols = "evaluations, named by --list; default: all but linear_classes, the slow ones, and those that train"
+    parser.add_argument("--protocols", action=ListOption, type=items(), metavar="NAME", help=protocols)
     parser.add_argument(
         "--batch_size", type=int, metavar="N", help="images per batch of training protocols and of feature extraction"
     )

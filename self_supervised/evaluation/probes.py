@@ -68,13 +68,27 @@ def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) 
 def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
     """Score logistic regression on standardized features, with the L2 of `choose_decay`, fitted to the whole training
     set."""
+    first, first_five, decay = linear_hits(train_x, train_y, test_x, test_y, seed)
+    accuracies = {"acc1": percentage(first), "acc5": percentage(first_five)}
+    return {**accuracies, **of_classes("class_mean_acc1", first, test_y), "l2": decay}
+
+
+def linear_classes(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> dict[int, float]:
+    """Return the accuracy of `linear` on the test images of each class, by the class's number."""
+    first, _, _ = linear_hits(train_x, train_y, test_x, test_y, seed)
+    return {number: percentage(first[test_y == number]) for number in test_y.unique().tolist()}
+
+
+def linear_hits(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int
+) -> tuple[Tensor, Tensor, float]:
+    """Return whether the class of each test image is the first one of `linear`, and whether it is among the first five,
+    bool [N] each; and the L2."""
     classes, target = train_y.unique(return_inverse=True)
     train_x, test_x = standardized(train_x, test_x)
     decay = choose_decay(train_x, target, seed)
     _, logits = linear_logits(train_x, test_x, target, decay, PRECISION)
-    first, first_five = (hits(logits, classes, test_y, k) for k in (1, 5))
-    accuracies = {"acc1": percentage(first), "acc5": percentage(first_five)}
-    return {**accuracies, **of_classes("class_mean_acc1", first, test_y), "l2": decay}
+    return hits(logits, classes, test_y, 1), hits(logits, classes, test_y, 5), decay
 
 
 def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:

@@ -15,7 +15,8 @@ from linear_classifier import LinearClassifierMethod
 from model_params import EncoderAndDataParams
 from self_supervised.data.class_labels import lacking
 from self_supervised.data.data_sets import get_dataset
-from self_supervised.data.facts import n_classes
+from self_supervised.data.facts import count_classes, n_classes
+from self_supervised.data.file_search import in_one_line
 from self_supervised.evaluation import features, label_free, linear_models, probes, validation
 from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
 from self_supervised.linear_params import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethodParams
@@ -34,6 +35,13 @@ def score_stages(data: EvaluationData, seed: int, score: Callable[..., Scores]) 
         scores = score(data.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
         scores_of_stages |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}
     return scores_of_stages
+
+
+def score_classes(data: EvaluationData, seed: int) -> Scores:
+    """Return the accuracy of `linear` on each class, by the name of the class, or by its number if it has no name."""
+    _, names = count_classes(data.params)
+    accuracies = probes.linear_classes(*data.sets, seed=seed)
+    return {f"{in_one_line(names[number]) if names else number}_acc1": acc1 for number, acc1 in accuracies.items()}
 
 
 def linear_settings_of(data: EvaluationData, seed: int, preset: str) -> LinearClassifierMethodParams:
@@ -85,7 +93,7 @@ class Protocol:
     definition: str  # meaning of the scores, in one line; part of the key of stored results
     source: str  # paper
     seeded: bool = True  # whether the scores depend on the seed
-    slow: bool = False  # takes many times as long as others; not run by default
+    by_default: bool = True  # False: takes many times as long as others, or has a score for each class
     needs_labels: bool = True
     needs_classes: bool = True  # one class per image
     needs_stages: bool = False  # an encoder with layer1 to layer4
@@ -147,6 +155,12 @@ PROTOCOLS = {
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         needs_stages=True,
     ),
+    "linear_classes": Protocol(
+        score_classes,
+        "as linear; accuracy on the test images of each class",
+        "https://arxiv.org/abs/1805.08974, appendix; https://arxiv.org/abs/2002.05709, B.8",
+        by_default=False,
+    ),
     "few_labels": Protocol(
         seeded_probe(probes.few_labels),
         "as linear, within each draw of 1, 2, 5, 10, ... labels of each class, and with all; 3 draws, mean and sample "
@@ -167,7 +181,7 @@ PROTOCOLS = {
         "as svm, for the output of each of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
-        slow=True,
+        by_default=False,
         needs_classes=False,
         needs_stages=True,
     ),
@@ -183,13 +197,13 @@ PROTOCOLS = {
         f"as knn, {OF_PATCHES}",
         "https://arxiv.org/abs/2304.03977, section 4.1",
         seeded=False,
-        slow=True,
+        by_default=False,
     ),
     "linear_patches": Protocol(
         lambda data, seed: probes.linear(*data.patches, seed=seed),
         f"as linear, {OF_PATCHES}",
         "https://arxiv.org/abs/2304.03977, section 4.1",
-        slow=True,
+        by_default=False,
     ),
     "rank_me": label_free_row(
         lambda data, _: {"rank_me": validation.effective_rank(data.label_free_features)},
@@ -277,7 +291,7 @@ def why_not_scorable(params: EncoderAndDataParams) -> str:
 
 def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
     """Return the requested protocols, each once; by default (None) all that can be run, except those that
-    train by SGD and the slow ones.
+    train by SGD and those that are not `by_default`.
 
     Raises:
         ValueError: a requested protocol cannot be run with this encoder or data set.
@@ -287,7 +301,7 @@ def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderA
     if protocols is None:
         if unlabeled:
             print(f"protocols with labels are left out. Each {unlabeled}.", flush=True)
-        return [name for name, row in PROTOCOLS.items() if not (row.preset or row.slow or name in refused)]
+        return [name for name, row in PROTOCOLS.items() if not (row.preset or not row.by_default or name in refused)]
     for name in protocols:
         if name in refused:
             able = ", ".join(other for other in PROTOCOLS if other not in refused)

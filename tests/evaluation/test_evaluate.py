@@ -56,6 +56,23 @@ def scores(found: dict) -> dict:
     return {(run["protocol"], run["encoder"], run["seed"]): run["scores"] for run in found["runs"]}
 
 
+def test_accuracies_of_classes_have_the_names_of_the_classes(checkpoint, monkeypatch):
+    names = [f"digit {i}" for i in range(10)]
+    monkeypatch.setattr(protocols, "count_classes", lambda params: (10, names))
+    monkeypatch.setattr(probes, "choose_decay", lambda *_: 1.0)
+    found = scores(evaluate_checkpoint(checkpoint, ["linear", "linear_classes"], baselines=False))
+    of_class = found["linear_classes", "trained", 0]
+    assert list(of_class) == [f"{name}_acc1" for name in names]
+    images_of = torch.from_numpy(data_sets.get_dataset(load_encoder(checkpoint).params, ("test",)).labels).bincount()
+    mean = sum(acc1 * int(n) for acc1, n in zip(of_class.values(), images_of, strict=True)) / int(images_of.sum())
+    assert mean == pytest.approx(found["linear", "trained", 0]["acc1"])
+    monkeypatch.setattr(protocols, "count_classes", lambda params: (10, None))
+    again = evaluate_checkpoint(checkpoint, ["linear_classes"], baselines=False, fresh=True)
+    assert scores(again)["linear_classes", "trained", 0] == {
+        f"{i}_acc1": acc1 for i, acc1 in enumerate(of_class.values())
+    }
+
+
 def test_results_are_next_to_the_checkpoint_and_reproducible(checkpoint, tmp_path):
     first = evaluate_checkpoint(checkpoint, QUICK)
     folder = tmp_path / "first.evaluation"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
@@ -40,6 +40,9 @@ def test_linear_is_scikit_learns_optimum_at_the_chosen_l2(digits):
     top5 = (np.argsort(-p, axis=1)[:, :5] == test_y[:, None]).any(1).mean()
     assert found["acc5"] == pytest.approx(100 * top5, abs=0.61)
     assert found["acc1"] > 80
+    recall = recall_score(test_y, reference.predict(scaler.transform(test_x)), average=None)
+    of_class = probes.linear_classes(*digits, seed=0)
+    assert of_class == {number: pytest.approx(100 * recall[number], abs=2.5) for number in range(10)}  # one of 45
 
 
 def test_imbalanced_test_images_have_the_mean_over_classes_too(digits):
