@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -352,7 +353,8 @@ def rows_to_keep(rows: list[dict[str, str]], n_steps: int, counts_from_1: bool) 
 
 
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
-    """Return a logger that continues metrics.csv at `first_step`. Lightning's own logger would delete earlier rows."""
+    """Return a logger that continues metrics.csv at `first_step`. Lightning's own logger would delete earlier rows; and
+    those in the file, if it is killed while it adds a column."""
     path = out / name / "metrics.csv"
     kept = out / name / "metrics.kept.csv"
     logger = loggers.CSVLogger(out, name=name, version="")
@@ -363,14 +365,21 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         kept.replace(path)
     if first_step > 0 and path.is_file():
         header, rows = rows_of(path)
-        with atomic_file(kept) as unfinished, unfinished.open("w", newline="") as new:
-            writer = csv.DictWriter(new, header)
-            writer.writeheader()
-            writer.writerows(rows_to_keep(rows, first_step, first_epoch(out) == 1))
+        write_rows(kept, header, rows_to_keep(rows, first_step, first_epoch(out) == 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*logs directory .* exists")
         experiment = logger.experiment
     if header:
         kept.replace(path)
         experiment.metrics_keys = header
+    experiment._rewrite_with_new_header = partial(write_rows, path)
     return logger
+
+
+def write_rows(path: Path, header: list[str], rows: list[dict[str, str]] | None = None) -> None:
+    """Write a CSV file atomically. Without `rows`, those that it has get the columns of `header`."""
+    rows = rows_of(path)[1] if rows is None else rows
+    with atomic_file(path) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(rows)

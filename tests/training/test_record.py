@@ -1,5 +1,6 @@
 """A run made in Python is reported and compared like one of the command, and leaves files of others alone."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -159,3 +160,28 @@ def test_other_processes_write_nothing(fit, monkeypatch):
     monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
     fit(CSVLogger("logs", name="python", version=""))
     assert not list(Path("logs/python").glob("*.json"))
+
+
+def test_a_column_is_added_to_metrics_csv_completely_or_not_at_all(tmp_path, monkeypatch):
+    """Killed while the file is written anew, it keeps its rows."""
+    logger = run_folder.csv_logger(tmp_path, "pretraining", 0)
+    for step in range(3):
+        logger.log_metrics({"loss": 1.0}, step)
+    logger.save()
+    file = tmp_path / "pretraining" / "metrics.csv"
+    before = file.read_text()
+    logger.log_metrics({"test_acc": 50.0}, 3)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        logger.save()
+    assert file.read_text() == before and len(before.splitlines()) == 4
+    resumed = run_folder.csv_logger(tmp_path, "pretraining", 3)
+    resumed.log_metrics({"test_acc": 50.0}, 3)
+    resumed.save()
+    columns, rows = rows_of(file)
+    assert columns == ["loss", "step", "test_acc"] and [row["step"] for row in rows] == list("0123")
+    assert [row["test_acc"] for row in rows] == ["", "", "", "50.0"]
