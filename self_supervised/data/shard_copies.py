@@ -12,6 +12,7 @@ import os
 import shutil
 import tarfile
 import threading
+import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,7 +39,9 @@ CACHE_GB = 50.0  # default of the environment variable URL_CACHE_GB
 PIECE = 2**23  # bytes of a request for a part of a shard
 AT_ONCE = 3  # requests of a download at the same time
 HEADERS = 2**16  # bytes of a request for a header
+COMPARED_EVERY = 600  # seconds between looks at whether a shard that has no copy is still the same
 LARGE = 2**20  # bytes: if a shard has only a sample in so many, its headers are read alone
+compared: dict[str, float] = {}  # place -> when this process last found the shard unchanged
 
 
 # ---- copies ----
@@ -118,9 +121,7 @@ def download(place: str, signature: Signature, keep: Collection[Path] = ()) -> N
                 list(pool.map(write, range(0, size, PIECE)))
             finally:
                 pool.shutdown(cancel_futures=True)
-        file_system(url).invalidate_cache()
-        if signature_of(place) != signature:
-            raise UnreachableShard(f"{url} has changed since it was indexed. Start again to have it indexed anew.")
+        refuse_replaced(place, signature)
 
 
 def make_room(size: int, keep: Collection[Path]) -> None:
@@ -140,12 +141,27 @@ def make_room(size: int, keep: Collection[Path]) -> None:
             excess -= n
 
 
+def refuse_replaced(place: str, signature: Signature) -> None:
+    """Raise UnreachableShard if there is another shard at the URL than the one that was indexed."""
+    url = url_of(place)
+    file_system(url).invalidate_cache()
+    if signature_of(place) != signature:
+        raise UnreachableShard(f"{url} has changed since it was indexed. Start again to have it indexed anew.")
+    compared[place] = time.monotonic()
+
+
 def read_remote(place: str, signature: Signature, start: int, size: int) -> bytes:
-    """Return a part of a shard, from its copy if there is one. Copies are not kept open, since they may be removed."""
+    """Return a part of a shard, from its copy if there is one. Copies are not kept open, since they may be removed.
+
+    Raises:
+        UnreachableShard: there is no copy, and another shard at the URL (asked every COMPARED_EVERY seconds).
+    """
     with suppress(FileNotFoundError), open(copy_of(place, signature), "rb", buffering=0) as file:
         with suppress(OSError):  # a copy of another user, or on a disk that is read-only
             os.utime(file.fileno())
         return os.pread(file.fileno(), size, start)
+    if time.monotonic() > compared.get(place, -math.inf) + COMPARED_EVERY:
+        refuse_replaced(place, signature)
     return part_of(url_of(place), start, start + size)
 
 

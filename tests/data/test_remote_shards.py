@@ -170,6 +170,18 @@ def test_images_are_read_by_range_if_the_limit_is_too_low(server, shards, monkey
     assert not copies()
 
 
+def test_a_shard_that_was_replaced_is_not_read_by_the_old_index(server, shards, monkeypatch):
+    """Also without a copy: its images would get the labels of others."""
+    monkeypatch.setenv("URL_CACHE_GB", "0")
+    images = data_sets.get_dataset(params(server.url), ("train",))
+    assert images[0][1] == data_sets.get_dataset(params(shards), ("train",))[0][1]
+    server.etag = "2"
+    images[1]
+    monkeypatch.setattr(shard_copies, "COMPARED_EVERY", 0)
+    with pytest.raises(shard_urls.UnreachableShard, match="has changed since it was indexed. Start again"):
+        images[2]
+
+
 def test_a_full_disk_leaves_requests_of_parts(server, shards, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left")
