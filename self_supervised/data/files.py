@@ -137,18 +137,18 @@ class LabeledFiles(Dataset):
     def share(self) -> None:
         """Allocate the tensors that are shared with the loader's workers.
 
-        `next`: for each file, the next one that may be readable (the file itself, until reading it failed).
+        `may_be_readable`: for each file, whether no worker failed to read it so far; one more True ends every search.
         `reading`: for each worker, its process id and the index of the file that it read last.
         """
-        self.next = torch.arange(len(self.files) + 1, dtype=torch.int32)
+        self.may_be_readable = torch.ones(len(self.files) + 1, dtype=torch.bool)
         if self.skip_unreadable:
-            self.next.share_memory_()
+            self.may_be_readable.share_memory_()
         self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
 
     @property
     def unreadable(self) -> Tensor:
         """Mask of the files that could not be read so far: bool [N]."""
-        return self.next[:-1] != torch.arange(len(self))
+        return ~self.may_be_readable[:-1]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -207,7 +207,7 @@ class LabeledFiles(Dataset):
                     raise
                 except Exception as error:  # on corrupt files, readers raise exceptions of many types
                     self.refuse(candidate, error)
-                    self.next[candidate] = candidate + 1
+                    self.may_be_readable[candidate] = False
                     candidate = self.candidate(candidate)
         raise UnreadableFile(
             f"none of the {len(self)} {self.kind}s can be read, the last one is {self.files[index][0]}"
@@ -231,16 +231,8 @@ class LabeledFiles(Dataset):
         return "readable at a second attempt"
 
     def candidate(self, index: int) -> int:
-        """Return the first index from `index` on whose file may be readable; N if there is none.
-
-        Each search shortens the chain for later ones (path compression), so that B unreadable files in a row cost about
-        B steps in total, however often they are requested.
-        """
-        following = self.next.numpy()
-        while following[index] != index:
-            following[index] = following[following[index]]
-            index = int(following[index])
-        return index
+        """Return the first index from `index` on whose file may be readable; N if there is none."""
+        return index + int(self.may_be_readable.numpy()[index:].argmax())  # argmax of bools stops at the first True
 
     def skipped(self) -> list[str]:
         """Return the paths of the files that any worker could not read so far."""
