@@ -41,7 +41,7 @@ from benchmarks import harness, peers, remote
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 from self_supervised.data.file_search import data_path
-from self_supervised.data.image_files import ImageFiles, collate_crops
+from self_supervised.data.image_files import ImageFiles, collate_crops, samples_in_class_folders
 from self_supervised.data.packed_files import pack_files
 from self_supervised.fields import as_path
 from self_supervised.numerics import generator
@@ -136,7 +136,8 @@ def ours(work: Work, images: int, workers: int, to_float: bool = True) -> Iterat
 
 
 def image_files(work: Work) -> ImageFiles:
-    return ImageFiles(Path(work.folder), 3, work.size, [ViewSettings(crop_size=work.size)] * 2, seed=0)
+    folder, views = Path(work.folder), [ViewSettings(crop_size=work.size)] * 2
+    return ImageFiles(folder, samples_in_class_folders(folder), 3, work.size, views, seed=0)
 
 
 def our_loader(dataset: Dataset, work: Work, workers: int) -> ResumableDataLoader:

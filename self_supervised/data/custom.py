@@ -6,7 +6,6 @@ be kept as lists in `splits_path`.
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,10 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     source = get_source(params, params.data_path or str(folder / params.dataset_name))
     samples_of, class_names = splits(source, params)
     skip = p.unreadable_images == "skip"
-    find = partial(custom_samples, samples_of=samples_of, params=params, split=split)
+    samples = custom_samples(source.root, samples_of, params, split)
     seed = p.seed or 0
     reading = {"pixel_range": p.pixel_range, "source": source, "exif_orientation": p.exif_orientation}
-    images = ImageFiles(source.root, p.channels, p.crop_size, views, seed, skip, find, **reading)
+    images = ImageFiles(source.root, samples, p.channels, p.crop_size, views, seed, skip, **reading)
     are_numbers = class_names == [str(i) for i in range(len(class_names))]
     has_others = p.class_to_idx or getattr(source, "classes", None)  # which class_labels.class_names would take
     images.class_names = [] if are_numbers and not has_others else class_names

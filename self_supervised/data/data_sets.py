@@ -152,12 +152,12 @@ def get_dataset(
         return video_files.get_videos(params, folder, list(views))
     images = ImageFiles(
         folder,
+        FILE_LAYOUTS[params.dataset.storage].samples(folder),
         params.dataset.channels,
         params.crop_size,
         list(views),
         params.seed or 0,
         params.unreadable_images == "skip",
-        FILE_LAYOUTS[params.dataset.storage].samples,
         exif_orientation=params.exif_orientation,
     )
     if params.dataset.storage == "folders":

@@ -122,7 +122,7 @@ def voc_samples(split: Path) -> list[tuple[str, np.ndarray]]:
 
 
 class ImageFiles(LabeledFiles):
-    """Data set of image files, by default in class folders.
+    """Data set of image files.
 
     With views, an item is one random resized crop per view, drawn from (seed, epoch, index). Without views, it is the
     central square: the shorter side is resized to 8/7 of `size`, and the center is cropped.
@@ -134,39 +134,39 @@ class ImageFiles(LabeledFiles):
     is turned upright, they may be off by one more. The central square is always taken from the full image.
 
     Args:
-        split: directory of the split, the argument of `samples`.
+        root: directory of the images.
+        samples: (path, label) of each image.
         size: side of the central square in pixels.
         skip_unreadable: replace an image that cannot be read with the next readable one, instead of raising.
-        samples: returns the (path, label) of each image of a split.
         pixel_range: see array_files.read_array, which reads .npy files and images without 1 or 3 channels.
         source: opens the files; default: the disk.
         exif_orientation: turn images upright, before they are cropped.
 
     Raises:
-        ValueError: there are no images, or a class has none; when indexed: an image cannot be read.
+        ValueError: when indexed: an image cannot be read.
     """
 
     def __init__(
         self,
-        split: Path,
+        root: Path,
+        samples: list[Sample],
         channels: int,
         size: int,
         views: list[ViewSettings],
         seed: int,
         skip_unreadable: bool = False,
-        samples: Callable[[Path], list[Sample]] = samples_in_class_folders,
         pixel_range: list[float] | None = None,
         source: OnDisk | None = None,
         exif_orientation: bool = True,
     ):
-        super().__init__(samples(split), "image", skip_unreadable, not views, source)
+        super().__init__(samples, "image", skip_unreadable, not views, source)
         self.channels = channels
         self.size = size
         self.views = views
         self.seed = seed
         self.pixel_range = pixel_range
         self.exif_orientation = exif_orientation
-        self.root = split
+        self.root = root
         self.packed_pixels: Callable[[int], np.ndarray | None] | None = None  # set by packed_files.py
 
     def subset(self, indices: np.ndarray) -> Self:

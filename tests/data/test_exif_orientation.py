@@ -18,7 +18,7 @@ from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets, image_files
 from self_supervised.data.array_files import read_array
 from self_supervised.data.decoders import read_folder
-from self_supervised.data.image_files import ImageFiles, read_image
+from self_supervised.data.image_files import ImageFiles, read_image, samples_in_class_folders
 from self_supervised.embeddings.batches import Batches
 from self_supervised.embeddings.sources import open_source
 from self_supervised.evaluation.fingerprints import settings_for_features
@@ -69,7 +69,7 @@ def test_large_jpegs_of_reduced_scale_are_cropped_as_upright_images(orientation,
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "1.jpg").write_bytes(content)
     views = [ViewSettings(crop_size=32, crop_scale=(0.5, 1.0))] * 2
-    dataset = ImageFiles(tmp_path, 3, 32, views, seed=0)
+    dataset = ImageFiles(tmp_path, samples_in_class_folders(tmp_path), 3, 32, views, seed=0)
     assert image_files.jpeg_size(dataset.files[0][0]) == upright.shape[1::-1]
     image, _ = dataset.read(0)
     scale = upright.shape[1] / image.width

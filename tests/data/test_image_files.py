@@ -212,7 +212,7 @@ def test_views_are_the_crops_of_pil_to_one_gray_level(channels, mode, tmp_path):
         ViewSettings(crop_size=224),
         ViewSettings(crop_size=200, crop_scale=(0.05, 0.2)),
     ]  # views smaller and larger than the crop
-    dataset = ImageFiles(tmp_path, channels, 224, views, seed=0)
+    dataset = ImageFiles(tmp_path, samples_in_class_folders(tmp_path), channels, 224, views, seed=0)
     image = read_image(str(path), channels)
     for dataset.epoch in range(5):
         for crop, box, view in zip(dataset[0][0], dataset.boxes(0, image.size), views, strict=True):
@@ -229,7 +229,8 @@ def test_large_jpegs_are_decoded_at_a_reduced_scale_and_views_stay_close(size, s
         ViewSettings(crop_size=size, crop_scale=(0.6, 1.0)),
         ViewSettings(crop_size=size // 2, crop_scale=(0.5, 1.0)),
     ]
-    dataset, image, differences = ImageFiles(tmp_path, 3, size, views, seed=0), read_image(str(path), 3), []
+    dataset = ImageFiles(tmp_path, samples_in_class_folders(tmp_path), 3, size, views, seed=0)
+    image, differences = read_image(str(path), 3), []
     for dataset.epoch in range(10):
         exact = dataset.boxes(0, image.size)
         decoded, boxes = dataset.read(0)
@@ -253,7 +254,7 @@ def test_no_crop_becomes_smaller_than_its_view(folders):
 def test_only_jpegs_of_known_modes_are_reduced(mode, kept, tmp_path):
     path = one_class(tmp_path, photo(200, 400).convert(mode))
     assert image_files.jpeg_size(str(path)) == ((400, 200) if kept else None)
-    dataset = ImageFiles(tmp_path, 3, 16, [ViewSettings(crop_size=16)] * 2, seed=0)
+    dataset = ImageFiles(tmp_path, samples_in_class_folders(tmp_path), 3, 16, [ViewSettings(crop_size=16)] * 2, seed=0)
     assert (dataset.read(0)[0].width < 400) == kept and dataset.read(0)[0].mode == "RGB"
 
 
@@ -262,9 +263,9 @@ def test_a_large_truncated_jpeg_is_named_too(tmp_path):
     path.write_bytes(path.read_bytes()[:20000])
     for views in ([ViewSettings(crop_size=16)] * 2, []):
         with pytest.raises(ValueError, match="cat/0.jpg could not be read as an image .*truncated"):
-            ImageFiles(tmp_path, 3, 16, views, seed=0)[0]
+            ImageFiles(tmp_path, samples_in_class_folders(tmp_path), 3, 16, views, seed=0)[0]
         with pytest.raises(ValueError, match="none of the 1 images can be read"):
-            ImageFiles(tmp_path, 3, 16, views, seed=0, skip_unreadable=True)[0]
+            ImageFiles(tmp_path, samples_in_class_folders(tmp_path), 3, 16, views, seed=0, skip_unreadable=True)[0]
 
 
 def test_class_folders_are_numbered_by_those_of_train(tmp_path):

@@ -152,7 +152,7 @@ def test_skipping_takes_about_a_step_for_each_unreadable_file(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     missing = [(str(tmp_path / f"{i}.png"), 0) for i in range(n)]
     for files in ([*missing, (str(tmp_path / "good.png"), 1)], [(str(tmp_path / "good.png"), 1), *missing]):
-        dataset, opened = ImageFiles(tmp_path, 3, 8, [], 0, skip_unreadable=True, samples=lambda _, f=files: f), []
+        dataset, opened = ImageFiles(tmp_path, files, 3, 8, [], 0, skip_unreadable=True), []
         read = dataset.read
         dataset.read = lambda index, opened=opened, read=read: opened.append(index) or read(index)
         start = time.monotonic()
