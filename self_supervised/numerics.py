@@ -1,4 +1,4 @@
-"""Numerics of features and weights: unit vectors of any scale, checks for NaN and infinity, float64 on any device, and
+"""Numerics of features and weights: unit vectors of any scale, checks for NaN and infinity, the device that scores, and
 the random generator of the host."""
 
 import math
@@ -88,15 +88,7 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def in_float64(x: Tensor) -> Tensor:
-    """Return x in float64, on the host if its device has no float64 (Apple's MPS)."""
-    try:
-        return x.double()
-    except TypeError:
-        return torch.from_numpy(x.float().cpu().numpy()).double()
-
-
-def where_scorable(x: Tensor | None) -> Tensor | None:
+def on_scoring_device(x: Tensor | None) -> Tensor | None:
     """Return x, copied to the host if it is on Apple's MPS, which lacks float64 and most of torch.linalg."""
     return x.cpu() if x is not None and x.device.type == "mps" else x
 

@@ -23,7 +23,7 @@ from self_supervised.evaluation.feature_files import read_features, write_featur
 from self_supervised.evaluation.fingerprints import fingerprint, of_view
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import RESNET_STAGES
-from self_supervised.numerics import finite, generator, where_scorable
+from self_supervised.numerics import finite, generator, on_scoring_device
 from self_supervised.views import augmentations
 
 LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
@@ -112,7 +112,7 @@ class EvaluationData:
 
     def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors on the encoder's device, or on the CPU if that device cannot score them."""
-        return tuple(where_scorable(part.to(self.encoder.device)) for part in parts)
+        return tuple(on_scoring_device(part.to(self.encoder.device)) for part in parts)
 
 
 # ---- settings ----

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from self_supervised.numerics import Scores, finite, in_float64, unit
+from self_supervised.numerics import Scores, finite, unit
 
 
 def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:
@@ -18,7 +18,7 @@ def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:
     The slope of log lambda over log i is fitted over the given ranks, or those of them that exist, each weighted by
     1 / i (Stringer et al., https://doi.org/10.1038/s41586-019-1346-5).
     """
-    x = in_float64(finite(x))
+    x = finite(x).double()
     eigenvalues = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).flip(0)
     significant = int((eigenvalues > eigenvalues[0] * 1e-12).sum())  # smaller eigenvalues are rounding errors
     last = min(ranks[1], significant)
@@ -37,7 +37,7 @@ def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:
 def alignment(views: Tensor) -> Scores:
     """Return the mean squared distance on the unit sphere between two views of one image, over all pairs of views; 0
     if all views coincide (https://arxiv.org/abs/2005.10242, section 4.1, with alpha = 2)."""
-    z = unit(in_float64(finite(views)))
+    z = unit(finite(views).double())
     v = views.shape[1]
     lengths = z.any(2).sum(1)  # sum of |z|^2, which is 0 for a vector of zeros
     distances = 2 * (v * lengths - z.sum(1).square().sum(1)) / (v * (v - 1))  # [N]: mean over the pairs of an image
@@ -54,7 +54,7 @@ def uniformity(x: Tensor, t: float = 2.0) -> Scores:
     total = 0.0
     lengths = z.any(1).to(z.dtype)  # |z|^2, which is 0 for a vector of zeros
     for rows, own in zip(z.split(1000), lengths.split(1000), strict=True):  # 1000 x N distances fit into memory
-        total += float(in_float64((t * (2 * rows @ z.T - own[:, None] - lengths)).exp().sum(1)).sum())
+        total += float((t * (2 * rows @ z.T - own[:, None] - lengths)).exp().sum(1).double().sum())
     return {"uniformity": math.log(max(total - n, 1e-300) / (n * (n - 1)))}  # - n: pairs of an image with itself
 
 
@@ -65,7 +65,7 @@ def lidar(views: Tensor, delta: float = 1e-4) -> Scores:
     It is exp of the entropy of the normalized eigenvalues of W^-1/2 B W^-1/2. B is the covariance of the images' means,
     and W is the covariance of the views around these means, plus delta on the diagonal.
     """
-    views = in_float64(finite(views))
+    views = finite(views).double()
     means = views.mean(1)
     between = covariance(means - means.mean(0))
     within = covariance((views - means[:, None]).flatten(0, 1))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from self_supervised.numerics import Scores, finite, in_float64, power_of_two, unit
+from self_supervised.numerics import Scores, finite, power_of_two, unit
 
 LossOfScores = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [N, K] -> (summed loss, its gradient [N, K])
 COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # the 26 of the SVM's source
@@ -267,7 +267,7 @@ def choose_costs(x: Tensor, signs: Tensor, folds: np.ndarray, multi_label: bool)
 def mean_accuracy(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> Tensor:
     target = signs.argmax(1)
     fold = fold[:, 0]
-    right = [in_float64((score.argmax(1) == target)[fold == i]).mean() for i, score in enumerate(scores)]
+    right = [(score.argmax(1) == target)[fold == i].double().mean() for i, score in enumerate(scores)]
     return torch.stack(right).mean(0, keepdim=True)
 
 

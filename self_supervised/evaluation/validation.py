@@ -21,7 +21,7 @@ from torch import Tensor
 from self_supervised.catalogue import LABEL_FREE
 from self_supervised.data.class_labels import is_one_hot
 from self_supervised.evaluation.linear_models import accuracy, linear_logits, percentage, standardized, within_span
-from self_supervised.numerics import NotFinite, Scores, finite, rescaled, unit, where_scorable
+from self_supervised.numerics import NotFinite, Scores, finite, on_scoring_device, rescaled, unit
 
 PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
 
@@ -131,10 +131,10 @@ def epoch_scores(
     "_trainset". Probes leave out images without a label (-1). Without at least two labeled classes, only evaluations
     that need no labels run.
     """
-    x = finite(where_scorable(x), "embeddings")
-    y = one_label_each(where_scorable(y))
+    x = finite(on_scoring_device(x), "embeddings")
+    y = one_label_each(on_scoring_device(y))
     if train is not None:
-        train = (where_scorable(train[0]), one_label_each(where_scorable(train[1])))
+        train = (on_scoring_device(train[0]), one_label_each(on_scoring_device(train[1])))
     table = FUNCTIONS | {"linear_probe": partial(linear_probe, solver=probe_solver)}
     scores = {}
     split = None
