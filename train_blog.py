@@ -21,7 +21,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import numpy as np
@@ -39,6 +39,7 @@ from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.report import curves
 from self_supervised.runs import preflight
+from self_supervised.runs.command_line import CommandParser
 from self_supervised.runs.run_options import PRECISIONS
 from self_supervised.runs.values import ListOption, items, reader
 from self_supervised.safe_files import atomic_file, atomic_write, check_folder
@@ -99,15 +100,9 @@ ROW_COLUMNS = ["config", "seed", *SHARED_COLUMNS, "steps", "m", "K", "accuracy",
 # ---- Options ----
 
 
-class BlogParser(argparse.ArgumentParser):
-    """Parser whose errors are one line, as all others of this program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See --help.")
-
-
 def blog_parser() -> argparse.ArgumentParser:
-    parser = BlogParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     about = "post, laptop (CIFAR-10, 10 to 17 minutes of one core per run) or quick (digits); default: post"
     parser.add_argument("--size", choices=SIZES, default="post", metavar="NAME", help=about)
     about = "the same as --size quick"

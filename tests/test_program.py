@@ -216,7 +216,6 @@ MISTAKES = {
     "evaluate, no checkpoint": (evaluate, "", "CHECKPOINT"),
     "evaluate, nothing there": (evaluate, "nowhere.ckpt", "nowhere.ckpt"),
     "train_blog, out": (train_blog, "--quick --out a_file", "a_file"),
-    "train_blog, set": (train_blog, "--quick --set learning_rate=1", "learning_rate=1.*lr"),
     "train_blog, schedule": (train_blog, "--quick --set max_epochs=5", "epochs=20"),
     "embed": (embed, "nowhere.ckpt . --out x.parquet --device nonsense", "nonsense|nowhere"),
     "embed, extension": (embed, "nowhere.ckpt . --out x.csv", "out=x.csv: must end in .parquet"),

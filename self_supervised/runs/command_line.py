@@ -86,7 +86,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        fail(message if message.endswith(".") else f"{message}. See --help.")
+        fail(message if message.endswith((".", "?")) else f"{message}. See --help.")
 
 
 # ---- Names in pictures, progress bar ----

@@ -92,6 +92,20 @@ def test_an_interrupted_run_of_the_blog_is_resumed_and_stops_before_its_schedule
     assert {**found, "minutes": ""} == {**expected, "minutes": ""}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sead", "1"], "unknown option --sead. Did you mean --seeds?"),
+        (["--set", "learning_rate=1"], "'learning_rate=1' is not FIELD=VALUE with a field of ModelParams. Did you"),
+    ],
+)
+def test_options_of_the_blog_that_are_misspelled_end_it_in_one_line(options, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(train_blog, monkeypatch, *options)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.endswith("?\n") and error.count("\n") == 1
+
+
 def test_one_seed_of_the_blog_has_no_deviation():
     row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
     assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.results_table([row])
