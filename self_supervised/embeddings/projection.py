@@ -118,20 +118,15 @@ def kinds(labels: list[str | None], clusters: np.ndarray | None) -> tuple[np.nda
     """Return (an index of the names for each row, the names, an explanation): the names are labels, or clusters if
     these are passed."""
     if clusters is None:
-        return of_labels(labels)
-    cluster_numbers, kind = np.unique(clusters, return_inverse=True)
-    unlabeled = "no labels: " if not any(label is not None for label in labels) else ""
-    names = [f"cluster {i + 1}" for i in cluster_numbers]
-    return kind, names, f"{unlabeled}colored by {len(cluster_numbers)} k-means clusters of the embeddings"
-
-
-def of_labels(labels: list[str | None]) -> tuple[np.ndarray, list[str], str]:
-    if any(label is not None for label in labels):
         names = sorted({label for label in labels if label is not None}, key=natural)
         if None in labels:
             names.append(NO_LABEL)
         index = {name: i for i, name in enumerate(names)}
         return np.array([index[label or NO_LABEL] for label in labels]), names, "colored by label"
+    cluster_numbers, kind = np.unique(clusters, return_inverse=True)
+    unlabeled = "no labels: " if not any(label is not None for label in labels) else ""
+    names = [f"cluster {i + 1}" for i in cluster_numbers]
+    return kind, names, f"{unlabeled}colored by {len(cluster_numbers)} k-means clusters of the embeddings"
 
 
 def examples(embeddings: np.ndarray, kind: np.ndarray) -> list[list[int]]:
