@@ -88,7 +88,7 @@ class DatasetInfo:
 
     @property
     def kind(self) -> str:
-        return "videos" if self.of_videos else "images"
+        return "video" if self.of_videos else "image"
 
 
 DIGIT_VIEW = ViewSettings(  # digits have no color, a mirrored one is no digit, and a blur would erase 8 x 8 pixels

@@ -25,7 +25,7 @@ from torch import Tensor
 from self_supervised.data.custom import is_stored
 from self_supervised.distributed import usable_device
 from self_supervised.embeddings.batches import add_embedding_options, batches_of, parted, selected_paths
-from self_supervised.embeddings.sources import ImageSource, Stored, kind_of, open_source
+from self_supervised.embeddings.sources import ImageSource, Stored, open_source
 from self_supervised.evaluation.classifier import Fit, ImageClassifier, classifier_of, fit_few
 from self_supervised.fields import as_path
 from self_supervised.networks.frozen_encoder import Encoder
@@ -79,7 +79,7 @@ def classify(
     overrides, columns, patterns = parted(overrides)
     encoder = encoder_of(checkpoint, overrides)
     without_labels = columns | {"label_key": None, "labels_from": None}
-    source = open_source(apply, kind_of(encoder.params), without_labels, encoder.params.image_key)
+    source = open_source(apply, encoder.params.dataset.kind, without_labels, encoder.params.image_key)
     examples = None if labeled is None else labeled_source(labeled, encoder, columns)
     refuse_unused(columns, source, examples)
     paths = selected_paths(source, encoder.params, patterns)
@@ -140,7 +140,7 @@ def read(
 def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any]) -> ImageSource:
     """Return the source of the labeled images. The label of an image file is its first directory below `labeled`, or
     the one in a list (docs/own_data.md)."""
-    kind = kind_of(encoder.params)
+    kind = encoder.params.dataset.kind
     is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
     if is_folder and not is_stored(str(labeled)):
         columns = {name: value for name, value in columns.items() if name == "labels_from"}

@@ -97,7 +97,7 @@ def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int, proc
     name = "batch_size" if params.global_batch_size is None else "global_batch_size"
     each = f" on each of {processes} processes" if processes > 1 else ""
     raise ValueError(
-        f"{name}={getattr(params, name)}: the {n_images} {params.dataset.kind} of {params.dataset_name} "
+        f"{name}={getattr(params, name)}: the {n_images} {params.dataset.kind}s of {params.dataset_name} "
         f"are fewer than one batch of {size}{each}. Choose a smaller {name}, or drop_last_batch=None."
     )
 

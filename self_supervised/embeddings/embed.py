@@ -28,7 +28,7 @@ from self_supervised.embeddings.batches import (
     selected_paths,
 )
 from self_supervised.embeddings.job import EmbeddingJob
-from self_supervised.embeddings.sources import ImageSource, Stored, as_absolute, kind_of, open_source
+from self_supervised.embeddings.sources import ImageSource, Stored, as_absolute, open_source
 from self_supervised.fields import as_path
 from self_supervised.networks.encoder_hash import checkpoint_hash, encoder_hash
 from self_supervised.networks.frozen_encoder import Encoder
@@ -72,7 +72,7 @@ def embed(
     device = usable_device(device)
     overrides, columns, patterns = parted(overrides)
     encoder = encoder_of(checkpoint, overrides)
-    source = open_source(folder, kind_of(encoder.params), columns, encoder.params.image_key)
+    source = open_source(folder, encoder.params.dataset.kind, columns, encoder.params.image_key)
     refuse_without_effect(columns, source)
     with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
         paths = selected_paths(source, encoder.params, patterns)

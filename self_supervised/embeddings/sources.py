@@ -256,11 +256,6 @@ def scaled_to_display(pixels: np.ndarray) -> Image.Image:
     return in_mode(Image.fromarray(gray_levels.squeeze(2) if gray_levels.shape[2] == 1 else gray_levels), 3)
 
 
-def kind_of(params: EncoderAndDataParams) -> str:
-    """Return what an encoder with these settings takes: "image" or "video"."""
-    return "video" if params.dataset.of_videos else "image"
-
-
 def source_of_features(about: dict[str, Any], folder: str | Path | None) -> "ImageSource":
     """Return the source of the images whose features a file holds.
 

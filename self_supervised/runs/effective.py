@@ -43,7 +43,7 @@ def effective_settings(params: ModelParams, plan: Plan | None = None) -> dict[st
     p = params
     size, kind = p.global_batch_size or p.batch_size, p.dataset.kind
     of = "of all processes in an optimizer step" if p.global_batch_size else "per process"
-    batch, *length = str(plan).split("; ")[:2] if plan else [f"{size} {kind} {of}"]
+    batch, *length = str(plan).split("; ")[:2] if plan else [f"{size} {kind}s {of}"]
     return {
         "encoder": encoder_text(p),
         "projection head": head_text(p, "projection"),

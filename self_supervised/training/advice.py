@@ -240,8 +240,8 @@ def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
     near = (highest if lr > highest else lowest) * plan.global_batch_size / REFERENCE_BATCH / plan.lr_factor
     scaled = "" if plan.lr_factor == 1 else f", scaled to {plan.lr:.4g} (lr_scaling={params.lr_scaling!r}),"
     return (
-        f"lr={plan.lr / plan.lr_factor:.4g}{scaled} with {plan.global_batch_size} {plan.kind} per step corresponds to "
-        f"lr={lr:.4g} for {REFERENCE_BATCH} {plan.kind}. Learning rates of {lowest:g} to {highest:g} have been tried "
+        f"lr={plan.lr / plan.lr_factor:.4g}{scaled} with {plan.global_batch_size} {plan.kind}s per step corresponds to "
+        f"lr={lr:.4g} for {REFERENCE_BATCH} {plan.kind}s. Learning rates of {lowest:g} to {highest:g} have been tried "
         f"with optimizer_name={params.optimizer_name!r}. Try lr={near:.2g}"
     )
 

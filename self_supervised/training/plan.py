@@ -31,7 +31,7 @@ class Plan:
     steps_per_epoch: int
     warmup_steps: float = 0
     lr_factor: float = 1.0  # by which `lr_scaling` multiplies all learning rates
-    kind: str = "images"  # or "videos"
+    kind: str = "image"  # or "video"
     all_images: int | None = None  # images of a process, if they do not fill one batch
     epoch_batches: float = math.inf  # batches of an epoch on a process
 
@@ -61,7 +61,7 @@ class Plan:
     def __str__(self) -> str:
         return (
             f"{self.processes} (processes) x {self.batches} (accumulated batches) x {self.images_read} "
-            f"({self.kind}) = {self.global_batch_size} {self.kind} per optimizer step; "
+            f"({self.kind}s) = {self.global_batch_size} {self.kind}s per optimizer step; "
             f"{self.steps} steps, {self.steps_per_epoch} an epoch, {self.warmup_steps:g} of warm-up; lr {self.lr:.4g}"
         )
 
