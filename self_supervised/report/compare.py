@@ -57,11 +57,6 @@ class Run:
     results: dict[str, float]
     start: str | None  # name of the encoder at the start in `results`, such as "random encoder"
 
-    @property
-    def without_seed(self) -> str:
-        """Key of the group of runs that differ only in the seed, and in how trackers list them."""
-        return evaluations.without_seed(self.settings)
-
 
 def read_run(folder: str | Path) -> Run:
     """Load settings, circumstances and results of a run.
@@ -113,7 +108,7 @@ def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Metric
     evaluations.refuse_repeated(folders)
     groups: dict[str, list[Run]] = {}
     for run in map(read_run, folders):
-        groups.setdefault(run.without_seed, []).append(run)
+        groups.setdefault(evaluations.without_seed(run.settings), []).append(run)
     columns = list(groups.values())
     rows = []
     for name in dict.fromkeys(name for column in columns for run in column for name in run.results):
