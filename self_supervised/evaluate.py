@@ -197,8 +197,8 @@ def training_of(
 
 def print_labels(params: EncoderAndDataParams) -> None:
     """Print the line on the labels, if they are those of files."""
-    if line := getattr(data_sets.get_dataset(params, params.dataset.train_splits), "about_labels", ""):
-        print(line, flush=True)
+    if text := getattr(data_sets.get_dataset(params, params.dataset.train_splits), "about_labels", ""):
+        print(f"labels: {text}", flush=True)
 
 
 def run_protocols(

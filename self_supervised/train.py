@@ -179,7 +179,7 @@ def linear_stage(
     settings = preflight.linear_settings(options, params) | settings
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
     linear.first_epoch = run_folder.first_epoch(out)
-    linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
+    linear.about_labels = results.get("labels", "")  # the pretraining has logged them
     trainer = trainers.trainer_of_stage(out, "linear", options.linear_epochs, options)
     given = "auto" if options.resume else None
     resumed, step = earlier_run.resume_point(given, out, "linear", linear, trainer, options)

@@ -65,14 +65,14 @@ def nearest_name(label: str, known: Iterable[str]) -> str:
     return f"{label!r} (nearest: {', '.join(repr(folded[name]) for name in near)})"
 
 
-def labels_line(
+def labels_text(
     samples_of: Mapping[str, list[tuple[str, int]]],
     names: Mapping[int, str],
     folders: str,
     otherwise: str,
     kind: str = "image",
 ) -> str:
-    """Return the line that says which names became classes, and how many images each has; "no labels" if none has one.
+    """Return the text that says which names became classes, and how many images each has; "none" if none has a label.
 
     Args:
         samples_of: split -> (path, class number or -1) of its images.
@@ -84,7 +84,7 @@ def labels_line(
     counts = Counter(label for _, label in chain(*samples_of.values()))
     counts.pop(UNLABELED, None)
     if not counts:
-        return "no labels"
+        return "none"
     of_class = {label: path for path, label in chain(*samples_of.values())}  # the path of one image each
     by_folder = any(names.get(label) in str(composed(path)).split("/")[:-1] for label, path in of_class.items())
     shown = [
@@ -92,7 +92,7 @@ def labels_line(
     ]
     classes = "1 class" if len(shown) == 1 else f"{len(shown):,} classes"
     origin = f"the {folders}" if by_folder else otherwise
-    return f"labels: {classes} from {origin}: {first_of(shown, MOST_LISTED_CLASSES)}"
+    return f"{classes} from {origin}: {first_of(shown, MOST_LISTED_CLASSES)}"
 
 
 # ---- names of classes ----

@@ -17,7 +17,7 @@ from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import arrow, subsets
 from self_supervised.data.arrow import ArrowImages
-from self_supervised.data.class_labels import UNLABELED, class_names_of, class_numbers_of, first_names, labels_line
+from self_supervised.data.class_labels import UNLABELED, class_names_of, class_numbers_of, first_names, labels_text
 from self_supervised.data.file_search import PassedOver, tell, tell_once
 from self_supervised.data.files import Sample
 from self_supervised.data.folders import (
@@ -67,8 +67,8 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     has_others = p.class_to_idx or getattr(source, "classes", None)  # which class_labels.class_names would take
     images.class_names = [] if are_numbers and not has_others else class_names
     stored_in = "class_to_idx" if p.class_to_idx else "lists" if isinstance(source, ImageFolder) else "the data set"
-    line = labels_line(samples_of, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
-    images.about_labels = line if line == "no labels" else f"{line}; {NOT_CLASSES}"
+    text = labels_text(samples_of, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
+    images.about_labels = text if text == "none" else f"{text}; {NOT_CLASSES}"
     return images
 
 

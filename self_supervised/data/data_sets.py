@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS, ViewSettings
 from self_supervised.data import custom, image_files, subsets, video_files
-from self_supervised.data.class_labels import labels_line
+from self_supervised.data.class_labels import labels_text
 from self_supervised.data.file_search import data_path
 from self_supervised.data.files import Sample, class_numbers_of_split
 from self_supervised.data.image_files import ImageFiles, samples_in_class_folders
@@ -166,7 +166,7 @@ def get_dataset(
         images.class_names = sorted(numbers, key=numbers.get)
         if splits == params.dataset.train_splits:
             names = dict(enumerate(images.class_names))
-            images.about_labels = labels_line({folder.name: images.files}, names, "class folders", "")
+            images.about_labels = labels_text({folder.name: images.files}, names, "class folders", "")
     return images
 
 

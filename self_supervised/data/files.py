@@ -130,7 +130,7 @@ class LabeledFiles(Dataset):
         self.evaluated = evaluated
         self.source = source or OnDisk()
         self.class_names: list[str] = []  # in the order of the class numbers; empty if unknown
-        self.about_labels = ""  # class_labels.labels_line of the data set; "" if it is not known
+        self.about_labels = ""  # class_labels.labels_text of the data set; "" if it is not known
         self.epoch = 0  # set by the loader
         self.share()
 

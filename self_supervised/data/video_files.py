@@ -18,7 +18,7 @@ from torch import Tensor
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import decoders, image_files
-from self_supervised.data.class_labels import UNLABELED, class_numbers_of, labels_line
+from self_supervised.data.class_labels import UNLABELED, class_numbers_of, labels_text
 from self_supervised.data.file_search import PassedOver, folders_in, is_hidden, tell
 from self_supervised.data.files import LabeledFiles, Sample, class_numbers_of_split
 from self_supervised.data.folders import list_text
@@ -228,7 +228,7 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[ViewSetti
     dataset = dataset_of_videos(params, videos, views)
     dataset.class_names = [names[number] for number in sorted(names)]
     if folder == train:
-        dataset.about_labels = labels_line(
+        dataset.about_labels = labels_text(
             {folder.name: videos}, names, "class folders", f"the list {path.name}", "video"
         )
     return dataset

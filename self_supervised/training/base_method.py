@@ -61,7 +61,7 @@ class BaseMethod(pl.LightningModule):
     loaded_names: list[str] | None = None  # names of the loaded weights' classes; None: none loaded; []: not known
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
-    about_labels = ""  # the line on the labels of our data set, once it was logged
+    about_labels = ""  # the text on the labels of our data set, once it was logged
     about_skipped = ""  # why evaluations that need labels are skipped, once it was logged
     first_epoch = 1  # number of the first epoch in the loggers' files; 0: in runs of earlier versions
 
@@ -93,8 +93,8 @@ class BaseMethod(pl.LightningModule):
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
 
     def labels_result(self) -> dict[str, str]:
-        """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
-        return {"labels": self.about_labels.removeprefix("labels: ")} if self.about_labels else {}
+        """Return the text on the labels as a result; {} for packed data sets, whose classes are known."""
+        return {"labels": self.about_labels} if self.about_labels else {}
 
     @property
     def epoch(self) -> int:
@@ -181,9 +181,9 @@ class BaseMethod(pl.LightningModule):
             each = self.needs_labels and not in_order  # in order: only predicted
             source, name = f"dataset_name={p.dataset_name!r}", p.dataset_name
             label_checks.refuse_wrong_labels(dataset.labels, source, self.n_outputs, name, required=True, each=each)
-        if (line := getattr(dataset, "about_labels", "")) and line != self.about_labels:
-            self.about_labels = line
-            rank_zero_info(line)
+        if (text := getattr(dataset, "about_labels", "")) and text != self.about_labels:
+            self.about_labels = text
+            rank_zero_info(f"labels: {text}")
         accumulated, device = self.trainer.accumulate_grad_batches, self.trainer.strategy.root_device
         return loading.get_loader(p, dataset, training, accumulated, device, in_order)
 
