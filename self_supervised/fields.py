@@ -351,8 +351,7 @@ def check_parameter_options(_: Any, attribute: Attribute, value: Any) -> None:
 def errors_of_options(row: dict[str, Any]) -> Iterable[str]:
     """Yield what is wrong with a row of `parameter_options`, as the predicate of a sentence about it."""
     if unknown := [key for key in row if key not in OPTION_KEYS]:
-        near = [match for key in unknown for match in difflib.get_close_matches(str(key), OPTION_KEYS, 1)]
-        meant = f" Did you mean {', '.join(near)}?" if near else ""
+        meant = "".join(suggestion(str(key), OPTION_KEYS) for key in unknown)
         yield f"has unknown keys {unknown}.{meant} The keys are {', '.join(OPTION_KEYS)}"
     if not isinstance(row.get("pattern"), str):
         yield "needs a pattern: a regular expression for names of parameters"

@@ -176,6 +176,7 @@ def test_steps_with_options_equal_sgd_written_out(method, trainer):
     ("options", "message"),
     [
         ([{"pattern": "stem", "lr_mul": 2}], r"unknown keys \['lr_mul'\].* lr_mult\?"),
+        ([{"pattern": "stem", "learning_rate": 2}], r"unknown keys .* Did you mean lr\?"),
         ([{"lr_mult": 2}], "needs a pattern"),
         ([{"pattern": "stem("  , "lr": 0.1}], "regular expression"),
         ([{"pattern": "stem", "lr": -0.1}], "a number of at least 0 and at most 1000 as lr"),
