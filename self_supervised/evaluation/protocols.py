@@ -131,7 +131,7 @@ OF_PATCHES = (
 PROTOCOLS = {
     "knn": Protocol(
         lambda data, _: probes.knn_protocol(*data.sets),
-        f"{FROZEN}; k = 1, 5, 20, 200 nearest by cosine vote with weight exp(cosine / 0.07)",
+        f"{FROZEN}; k = 1, 5, 20, 200 nearest by cosine vote with weight exp(cosine / {validation.KNN_T})",
         "https://arxiv.org/abs/1805.01978, section 3.4",
         seeded=False,
     ),

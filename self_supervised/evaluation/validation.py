@@ -24,6 +24,7 @@ from self_supervised.evaluation.linear_models import accuracy, linear_logits, pe
 from self_supervised.numerics import NotFinite, Scores, finite, on_scoring_device, rescaled, unit
 
 PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
+KNN_T = 0.07  # temperature of the votes of neighbors
 
 
 def halves(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,7 +59,7 @@ def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float
 
 
 def knn(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = KNN_T
 ) -> Scores:
     """Return the accuracies of `knn_hits`."""
     hits_of = knn_hits(train_x, train_y, test_x, test_y, ks, T)
@@ -66,7 +67,7 @@ def knn(
 
 
 def knn_hits(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...], T: float = 0.07
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...], T: float = KNN_T
 ) -> dict[int, Tensor]:
     """Return whether k nearest neighbors by cosine find the class of each test image [N]. Each votes with weight
     exp(cosine / T) (InstDisc, https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images, all of
