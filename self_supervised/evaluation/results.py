@@ -20,7 +20,12 @@ from self_supervised.safe_files import atomic_write, to_json, without_nan
 RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; videos, custom data: seen
 RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
 WAIT_FOR_RESULTS = 60  # seconds to wait for another process that writes
-ENCODERS = ("random", "starting", "trained", "lagging")  # columns of the table
+ENCODERS = {  # name -> title; in the order of the columns of the table
+    "random": "random encoder",
+    "starting": "starting weights",
+    "trained": "trained encoder",
+    "lagging": "lagging encoder",
+}
 # settings of the encoder that an evaluation may change
 OF_ENCODER = ("transform_crop_size", "pooling_size", "image_mean", "image_std")
 DRAWN = "_std"  # suffix of the name of a standard deviation over draws within one run

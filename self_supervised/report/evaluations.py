@@ -22,9 +22,6 @@ from self_supervised.fields import as_path
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite
 
-ENCODER_NAMES = {name: f"{name} encoder" for name in ("trained", "lagging", "random")} | {
-    "starting": "starting weights"
-}
 OF_MEASUREMENT = (*results.OF_ENCODER, "evaluation_clips", "evaluation_crops", "max_epochs", "batch_size")
 NOT_SCORES = ("l2",)  # hyperparameters that are stored with the scores
 LOWEST_IS_BEST = ("uniformity", "alignment")
@@ -144,7 +141,7 @@ def evaluated_rows(checkpoints: Sequence[str | Path], out: Path | None = None) -
         Evaluated(label, tuple(str(checkpoints[i]) for i in group), tuple(trained[i] for i in group))
         for label, group in zip(labels, groups.values(), strict=True)
     ]
-    others = [name for name in ENCODER_NAMES if name != "trained"]
+    others = sorted(results.ENCODERS.keys() - {"trained"})
     return rows + [row for encoder in others for row in other_rows(encoder, checkpoints, names, records)]
 
 
@@ -163,7 +160,7 @@ def other_rows(
         else:
             if own:
                 rows.append((name, str(checkpoint), own))
-    title = ENCODER_NAMES[encoder]
+    title = results.ENCODERS[encoder]
     return [
         Evaluated(title if len(rows) == 1 else f"{title} of {name}", (checkpoint,), (list(runs.values()),))
         for name, checkpoint, runs in rows

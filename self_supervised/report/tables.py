@@ -8,6 +8,7 @@ import attrs
 
 from model_params import EARLIER_DEFAULTS, PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
+from self_supervised.evaluation.results import ENCODERS
 from self_supervised.report import compare, evaluations, figures
 from self_supervised.report.compare import Run, score_text
 from self_supervised.runs.command_line import field_comments
@@ -18,7 +19,7 @@ from self_supervised.training import run_folder
 from self_supervised.training.milestones import lowest_is_best
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
-START = evaluations.ENCODER_NAMES["random"]  # with which `evaluate` compares
+START = ENCODERS["random"]  # with which `evaluate` compares
 MARKED = ("trained encoder", "lagging encoder", "best epoch")
 FITTED = ("train_class_acc", "train_class_acc_trainset")  # accuracies on the images to which a probe was fitted
 
@@ -172,7 +173,7 @@ def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     signs: dict[tuple[str, str], list[str]] = {}  # the same -> mark of each run
     for i, run in enumerate(runs):
         for table in evaluations.evaluation_tables(evaluations.evaluated_rows([run.folder])):
-            titles = [evaluations.ENCODER_NAMES["trained"], *(row.label for row in table.rows[1:])]
+            titles = [ENCODERS["trained"], *(row.label for row in table.rows[1:])]
             before = table.cells[titles.index(START)] if START in titles else [None] * len(table.columns)
             for title, cells in reversed(list(zip(titles, table.cells, strict=True))):
                 for metric, cell, start in zip(table.header[1:], cells, before, strict=True):
