@@ -62,6 +62,11 @@ class DatasetInfo:
     class_names: str = ""  # names of a packed set's classes in the order of their numbers; "": the numbers
 
     @property
+    def splits(self) -> list[str]:
+        """All splits, in alphabetical order."""
+        return sorted({*self.pretraining_splits, *self.train_splits, *self.test_splits})
+
+    @property
     def scored_splits(self) -> tuple[str, ...]:
         """Splits that a validation during pretraining scores."""
         return self.validation_splits or self.test_splits

@@ -67,8 +67,7 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     folder = data_path() / name
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file. Set it to the directory of the data sets.")
-    every = {*info.pretraining_splits, *info.train_splits, *info.test_splits}
-    splits = sorted(splits or every)
+    splits = sorted(splits or info.splits)
     is_there = packed_is_there if info.is_packed else FILE_LAYOUTS[info.storage].are_there
     missing = [folder / split for split in splits if not is_there(folder / split)]
     if not missing:
@@ -84,7 +83,7 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
         missing = [path for path in missing if not packed_is_there(path)]
         if not missing:
             return
-        for split in sorted(every):  # all that are downloaded, not only the missing ones
+        for split in info.splits:  # all that are downloaded, not only the missing ones
             refuse_other_files(name, folder / split)
         try:
             arrays = READERS[name]()

@@ -314,10 +314,9 @@ def open_source(
     if dataset not in packed:
         raise ValueError(f"{name} is neither a directory nor one of the data sets {', '.join(packed)}")
     info = DATASETS[dataset]
-    splits = sorted({*info.pretraining_splits, *info.train_splits, *info.test_splits})
-    if split not in ("", *splits):
-        raise ValueError(f"{dataset} has no split {split!r}: choose one of {', '.join(splits)}")
-    return Packed(str(name), dataset, [split] if split else splits)
+    if split not in ("", *info.splits):
+        raise ValueError(f"{dataset} has no split {split!r}: choose one of {', '.join(info.splits)}")
+    return Packed(str(name), dataset, [split] if split else info.splits)
 
 
 def as_absolute(name: str) -> str:
