@@ -10,6 +10,7 @@ from lars import LARS
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.networks.modules import plain_name
 from self_supervised.training.plan import Plan
+from self_supervised.training.resuming import MAKE_GROUPS
 from self_supervised.training.schedules import Fraction, Schedule, pretraining_rate
 
 
@@ -86,7 +87,7 @@ def with_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     elif [len(group["params"]) for group in own] != [len(group["params"]) for group in before]:
         raise ValueError(
             "the checkpoint's optimizer has other parameter groups. Pass the settings of its run that determine them "
-            "(exclude_matching_parameters_from_lars, parameter_options, layer_decay, encoder_lr)."
+            f"({', '.join(MAKE_GROUPS)})."
         )
     return {**saved, "state": state, "param_groups": own}
 
