@@ -48,7 +48,7 @@ class Embedded:
     paths: list[str]
     about: str
 
-    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
+    def picture(self, path: str, side: int | None = None) -> Image.Image:
         return preview.magnified(self.images[self.paths.index(path)], 1)
 
 
