@@ -41,7 +41,6 @@ class ViewSettings:
 # ---- Data sets ----
 
 MOST_WORKERS = 1024  # processes of a loader, or threads of a decoder
-STORAGES = ("packed", "folders", "voc", "videos", "custom")
 
 
 @frozen
@@ -52,7 +51,7 @@ class DatasetInfo:
     n_classes: int
     mean: tuple[float, ...]  # mean of each channel, for pixel values from 0 to 1
     std: tuple[float, ...]  # standard deviation of each channel
-    storage: str = "packed"  # one of STORAGES: arrays, class folders, VOC's lists, videos, or custom images
+    storage: str = "packed"  # arrays; folders (of classes), voc (lists), videos, or custom (images)
     pretraining_splits: tuple[str, ...] = ("train",)
     train_splits: tuple[str, ...] = ("train",)  # labeled
     test_splits: tuple[str, ...] = ("test",)

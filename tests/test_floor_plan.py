@@ -186,8 +186,7 @@ def test_the_tables_have_the_names_of_the_catalogue():
 
     packed_sets = {name for name, info in catalogue.DATASETS.items() if info.is_packed}
     assert set(packed.READERS) == packed_sets
-    assert {info.storage for info in catalogue.DATASETS.values()} == set(catalogue.STORAGES)
-    assert set(data_sets.FILE_LAYOUTS) == set(catalogue.STORAGES) - {"packed", "custom"}
+    assert {info.storage for info in catalogue.DATASETS.values()} == {"packed", "custom", *data_sets.FILE_LAYOUTS}
     assert tuple(heads.NORMALIZATION_LAYERS) == catalogue.NORMALIZATIONS
     assert tuple(validation.FUNCTIONS) == catalogue.EVALUATIONS
     assert tuple(validation.SOLVERS) == catalogue.PROBE_SOLVERS
