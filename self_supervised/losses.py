@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model_params import DROP_LAST, LOSSES, ModelParams
 from self_supervised import distributed
-from self_supervised.numerics import in_parts, unit
+from self_supervised.numerics import in_parts, unit, with_sum
 
 Scalars = dict[str, Tensor]
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars]
@@ -269,7 +269,7 @@ def vicreg(a: Tensor, b: Tensor, invariance: float, variance: float, covariance:
         "loss_variance": variance * (variance_a + variance_b),
         "loss_covariance": covariance * (covariance_a + covariance_b),
     }
-    return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+    return with_sum(terms)
 
 
 def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
@@ -286,8 +286,7 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
     correlation = standardize(_at_least_two(a)).T @ standardize(b) / len(a)
     on_diagonal = (correlation.diagonal() - 1).square().sum()
     off_diagonal = correlation.square().sum() - correlation.diagonal().square().sum()
-    terms = {"loss_invariance": on_diagonal, "loss_redundancy": redundancy_weight * off_diagonal}
-    return {"loss": on_diagonal + terms["loss_redundancy"], **terms}
+    return with_sum({"loss_invariance": on_diagonal, "loss_redundancy": redundancy_weight * off_diagonal})
 
 
 @torch.no_grad()

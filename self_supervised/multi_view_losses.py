@@ -13,6 +13,7 @@ from torch import Tensor
 from model_params import ModelParams
 from self_supervised import distributed
 from self_supervised.losses import Scalars
+from self_supervised.numerics import with_sum
 
 N_SLICES, LAST_FREQUENCY, N_FREQUENCIES = 256, 3.0, 17  # of SIGReg: those of the authors' code
 N_SORTED_SLICES, STD_EPSILON = 1024, 1e-4  # of VISReg
@@ -63,7 +64,7 @@ def near_large_views(z: Tensor, n_large: int, weight: float, terms: Scalars) -> 
     """Return (1 - weight) times the squared distance to the mean of the large views, plus `weight` times all terms."""
     invariance = (z - z[:n_large].mean(0)).square().mean()
     weighted = {"loss_invariance": (1 - weight) * invariance, **{name: weight * x for name, x in terms.items()}}
-    return {"loss": torch.stack(list(weighted.values())).sum(), **weighted}
+    return with_sum(weighted)
 
 
 def sigreg(z: Tensor, seed: tuple[int, ...]) -> Tensor:
@@ -108,7 +109,7 @@ def emp_ssl(z: Tensor, invariance: float) -> Scalars:
         "loss_invariance": -invariance * F.cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean(),
         "loss_coding_rate": -torch.logdet(gram).mean() / 2,
     }
-    return {"loss": terms["loss_invariance"] + terms["loss_coding_rate"], **terms}
+    return with_sum(terms)
 
 
 def frossl(z: Tensor, invariance: float) -> Scalars:
@@ -121,7 +122,7 @@ def frossl(z: Tensor, invariance: float) -> Scalars:
         "loss_invariance": invariance * v**2 * d * (z - z.mean(0)).square().mean(),
         "loss_entropy": covariance.square().sum((1, 2)).log().sum(),
     }
-    return {"loss": terms["loss_invariance"] + terms["loss_entropy"], **terms}
+    return with_sum(terms)
 
 
 def mmcr(z: Tensor, local: float) -> Scalars:
@@ -130,4 +131,4 @@ def mmcr(z: Tensor, local: float) -> Scalars:
     terms = {"loss_centroids": -torch.linalg.svdvals(z.mean(0)).sum()}
     if local:
         terms["loss_views"] = local * torch.linalg.svdvals(z.transpose(0, 1)).sum() / z.shape[1]
-    return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+    return with_sum(terms)

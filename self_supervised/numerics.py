@@ -113,6 +113,11 @@ def mean_of_each(of_pairs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([scalars[name] for scalars in of_pairs]).mean() for name in of_pairs[0]}
 
 
+def with_sum(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the terms of a loss, and their sum as "loss"."""
+    return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+
 def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
     """Return a counter-based generator (Philox): nearby seeds give unrelated streams, and there is no state to save."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
