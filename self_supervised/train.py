@@ -309,7 +309,11 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
         raise ValueError(f"out={out}: holds an earlier run. Pass --resume auto to resume it, or another --out.")
     if options.resume:
         before = run_folder.settings_of_run(out)
-        run_folder.refuse_another_run(out, before, {"preset": preset, **attrs.asdict(params)})
+        if (earlier := before.get("preset", preset)) != preset:
+            raise ValueError(
+                f"preset={preset!r}: {out} holds a run with preset={earlier!r}. Pass that value, or choose another "
+                "--out."
+            )
         if params.seed is None:
             other = {} if resumes_itself else config_of(resumed if resumed.is_dir() else run_of(resumed))
             params = attrs.evolve(params, seed=(other or before).get("seed"))  # of the resumed run

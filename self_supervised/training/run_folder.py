@@ -43,7 +43,6 @@ from self_supervised.data.folders import SETTINGS as SETTINGS_OF_LISTS
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
-FIXED = ("preset", "optimizer_name")  # settings that cannot change; resuming.refuse_unresumable checks the others
 LATER_SCORES = ("trained encoder", "test set", "linear classifier")  # keys of scores in results.json; any other: before
 EFFECTIVE = "\n# Effective settings, in words (not read by --config):\n#\n"  # starts the comment in config.yaml
 Kind = TypeVar("Kind", dict, list)
@@ -139,20 +138,6 @@ def keep_edited(config: Path) -> None:
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
         atomic_write(kept, text)
         say(f"{config} was edited by hand. A copy is in {kept.name}.")
-
-
-def refuse_another_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the settings of the directory with those of the command.
-
-    Raises:
-        ValueError: the run cannot be resumed with these settings.
-    """
-    for name in FIXED:
-        if name in before and before[name] != now[name]:
-            raise ValueError(
-                f"{name}={now[name]!r}: {out} holds a run with {name}={before[name]!r}. Pass that value, or choose "
-                "another --out."
-            )
 
 
 def settings_of_run(out: Path) -> dict[str, Any]:

@@ -394,7 +394,7 @@ def test_the_trainer_clips_gradients_and_limits_validation(monkeypatch, tmp_path
     ("preset", "options", "message"),
     [
         ("byol", "", "preset='byol': .* holds a run with preset='simclr'"),
-        ("simclr", "--optimizer_name lars", "holds a run with optimizer_name='sgd'"),
+        ("simclr", "--optimizer_name lars", "optimizer_name='lars': the checkpoint's optimizer has state for 'sgd'"),
         ("simclr", "--mlp_hidden_dim 33", "is of another model, in which projection_model.net.0.weight, "),
         ("simclr", "--lr 0.01 --weight_decay 0.1", "lr=0.01, weight_decay=0.1: "),  # nothing is left to train
         ("simclr", "--max_epochs 4 --batch_size 32", "batch_size"),
