@@ -34,6 +34,7 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import DATASETS
 from self_supervised.data import data_sets, loading
+from self_supervised.evaluation.results import markdown_table
 from self_supervised.fields import as_path, suggestion
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
@@ -318,16 +319,13 @@ def results_table(rows: list[dict]) -> str:
         deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{values.mean():.{digits}f}{deviation}" if len(values) else ""
 
-    lines = [
-        "| configuration | accuracy (%) | post, STL-10 (%) | cosine, same image | cosine, different images | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = ["configuration", "accuracy (%)", "post, STL-10 (%)", "cosine, same image", "cosine, different images"]
+    table = []
     for name in POST:
         if group := [row for row in rows if row["config"] == name]:
-            cells = [mean_and_deviation(group, "accuracy", 1), str(POST[name])]
-            cells += [mean_and_deviation(group, column, 3) for column in ("pos_cos", "neg_cos")]
-            lines.append(f"| {name} | {' | '.join(cells)} | {len(group)} |")
-    return "\n".join(lines) + "\n"
+            cosines = [mean_and_deviation(group, column, 3) for column in ("pos_cos", "neg_cos")]
+            table.append([name, mean_and_deviation(group, "accuracy", 1), str(POST[name]), *cosines, str(len(group))])
+    return markdown_table([*header, "seeds"], table) + "\n"
 
 
 def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None:

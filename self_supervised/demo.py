@@ -21,6 +21,7 @@ from model_params import ModelParams
 from self_supervised import recipes, train
 from self_supervised.data import data_sets, loading
 from self_supervised.evaluation import validation
+from self_supervised.evaluation.results import markdown_table
 from self_supervised.folder_lock import locked
 from self_supervised.networks import modules
 from self_supervised.networks.pretrained import load_encoder
@@ -80,8 +81,8 @@ def encoder_scores(encoder: nn.Module, params: ModelParams) -> dict[str, float]:
 
 
 def scores_table(random: dict[str, float], trained: dict[str, float]) -> str:
-    rows = [f"| {name} | {random[name]:.1f} | {trained[name]:.1f} |" for name in random]
-    return "\n".join(["| test set | random encoder | trained encoder |", "|---|---|---|", *rows])
+    rows = [[name, f"{random[name]:.1f}", f"{trained[name]:.1f}"] for name in random]
+    return markdown_table(["test set", "random encoder", "trained encoder"], rows)
 
 
 @one_line_errors()
