@@ -52,8 +52,8 @@ def number(
 
 
 positive = partial(number, above=0)
-non_negative = number
-fraction = partial(number, at_most=1)
+non_negative = partial(number, at_least=0)
+fraction = partial(number, at_least=0, at_most=1)
 
 
 def numbers(default: tuple[float, ...] = (), at_least: float = 0, at_most: float = LARGEST) -> Any:

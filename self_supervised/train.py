@@ -97,8 +97,11 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
 
 
 def delete_outdated(out: Path, results: dict[str, Any]) -> None:
-    """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further.
-    Every process deletes the scores: all must know whether another validation follows."""
+    """Delete what becomes outdated when the encoder is trained further: OUTDATED_FILES, among them the linear stage,
+    and the scores in `results` and in results.json. Name exported files and reports, which stay.
+
+    Every process deletes the scores: all must know whether another validation follows.
+    """
     # also if results.json was moved away, or pretrained.ckpt deleted
     if (out / "pretrained.ckpt").is_file() or (out / "linear/checkpoints").is_dir():
         for name in OUTDATED_FILES:

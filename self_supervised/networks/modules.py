@@ -77,8 +77,12 @@ def requires_gradient(module: nn.Module) -> bool:
 
 
 def set_modes(encoder: nn.Module, says_if_frozen: bool = True) -> None:
-    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
-    into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
+    """Set train and eval mode in the parts of an encoder, as its weights say which are trained.
+
+    If no weight requires a gradient, all of it is put into eval mode, with a warning if `says_if_frozen`. Else an
+    encoder in eval mode is put into train mode, which Lightning does not do, and logged; its frozen parts are put into
+    eval mode, so that their batch statistics stay; and `is_trained` of an `Encoder` is set.
+    """
     if requires_gradient(encoder):
         if hasattr(encoder, "is_trained"):
             encoder.is_trained = True

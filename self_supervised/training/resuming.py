@@ -97,11 +97,12 @@ def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
 
 
 def has_ended(content: dict[str, Any], trainer: pl.Trainer) -> bool:
-    """Return whether no step follows the checkpoint: it has all epochs, or the time of max_time is over."""
+    """Return whether no step follows the checkpoint: it has all epochs, of which a command always sets the number, or
+    the time of max_time is over."""
     state = content.get("callbacks", {}).get(Timer().state_key, {})
     elapsed = state.get("time_elapsed", {}).get("train", 0)
     limits = [timer._duration for timer in trainer.callbacks if isinstance(timer, Timer) and timer._duration]
-    return epochs_done(content) >= (trainer.max_epochs or 0) or any(elapsed >= limit for limit in limits)
+    return epochs_done(content) >= trainer.max_epochs or any(elapsed >= limit for limit in limits)
 
 
 def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
