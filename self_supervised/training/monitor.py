@@ -165,7 +165,7 @@ class TrainingMonitor(pl.Callback):
             trainer.should_stop = has_stepped or trainer.is_last_batch
             pl_module.log_dict(pl_module.step_metrics)  # Lightning logs what it has
 
-    # ---- Once per epoch: collapse and unreadable images ----
+    # ---- Once per epoch: no batch, collapse and unreadable images ----
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.warn_of_collapse(trainer, "step_projection_std", COLLAPSED_STD, "1 is healthy, 0 a single point")
@@ -177,6 +177,13 @@ class TrainingMonitor(pl.Callback):
             self.report_unreadable(trainer)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse an epoch without a batch, which Lightning would repeat for ever until `max_steps`."""
+        loop, step, steps = trainer.fit_loop, trainer.global_step, pl_module.plan.steps
+        if loop.batch_idx < 0 and not trainer.should_stop and not loop.restarted_mid_epoch:
+            raise ValueError(
+                f"the loader yielded no batch in epoch {pl_module.epoch}, after {step} of {steps} steps. "
+                f"Let an iterable data set start over at each __iter__{f', or set max_steps={step}' if step else ''}."
+            )
         self.report_unreadable(trainer)
 
     def report_unreadable(self, trainer: pl.Trainer) -> None:

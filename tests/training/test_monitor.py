@@ -9,7 +9,9 @@ import torch
 from conftest import SMALL
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
+from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.safe_files import rows_of
@@ -138,3 +140,32 @@ def test_step_metrics_are_logged_only_where_they_are_read(options, stop_after, f
     assert final[0] == final[1] and rows[0].items() <= rows[1].items()
     assert {"3", "6" if stop_after else "3"} <= set(rows[0])
     assert {i for i, (a, b) in enumerate(zip(*seen, strict=True)) if a == b} == fresh
+
+
+class Once(IterableDataset):
+    """Labeled images of which every iterator continues where the last one ended."""
+
+    def __init__(self, n: int):
+        self.images = ((torch.full((1, 8, 8), i, dtype=torch.uint8), i % 2) for i in range(n))
+
+    def __iter__(self):
+        return self.images
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": -1, "max_steps": 6}, {"max_epochs": 3, "limit_train_batches": 3}])
+@pytest.mark.parametrize(("n", "done"), [(48, "epoch 2, after 3 of .* or set max_steps=3"), (0, "epoch 1, after 0 of")])
+def test_a_loader_that_is_exhausted_after_an_epoch_is_refused(n, done, length, small, trainer):
+    """Lightning would repeat epochs without a batch for ever, or end with too few steps."""
+    linear = LinearClassifierMethod(dataset_name="digits", batch_size=16, lr=0.1, seed=0, encoder=Encoder())
+    for model in (SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=Encoder()), linear):
+        with pytest.raises(ValueError, match=f"^the loader yielded no batch in {done}"):
+            limited = trainer(**{"limit_train_batches": 1.0, "max_time": {"minutes": 1}, **length})
+            limited.fit(model, DataLoader(Once(n), batch_size=16))
+
+
+def test_an_epoch_that_a_callback_ends_before_its_first_batch_is_accepted(small, trainer):
+    stopping = pl.Callback()
+    stopping.on_train_epoch_start = lambda trainer, *_: setattr(trainer, "should_stop", trainer.current_epoch == 1)
+    fit = trainer(max_epochs=3, callbacks=[stopping])
+    fit.fit(SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=Encoder()))
+    assert fit.global_step == 2
