@@ -559,6 +559,17 @@ def test_floats_are_named_if_their_statistics_are_not_those_of_normalized_images
     assert len(said) == expected and not any("\n" in line for line in said)
 
 
+def test_all_views_are_checked_and_reported_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(input_checks, "rank_zero_info", said.append)
+    good = torch.randn(16, 3, 8, 8)
+    input_checks.check_batch_images([good + 9, good + 9], SimCLRParams(dataset_name="cifar10"))
+    input_checks.check_batch_images([good, good + 9], SimCLRParams(dataset_name="cifar10"))
+    assert len(said) == 2
+    with pytest.raises(ValueError, match="whole numbers from 0 to"):
+        input_checks.check_batch_images([good, (100 * good.abs()).clamp(max=255).round()], SimCLRParams())
+
+
 ORDERS = {  # axes of a batch -> orders in which it is refused
     "NCHW": ["NHWC"], "NVCHW": ["NVHWC"], "NCTHW": ["NTHWC", "NTCHW"], "NVCTHW": ["NVTHWC", "NVTCHW"],
 }  # fmt: skip

@@ -22,6 +22,7 @@ from self_supervised.training import optimizers
 from self_supervised.training.checkpoints import SafeCheckpointIO
 from self_supervised.training.parameter_groups import ONLINE
 from self_supervised.training.resuming import refuse_other_steps
+from self_supervised.views.input_checks import REPAIR, count_not_finite
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
 LOG_INTERVAL = 50  # optimizer steps per row of metrics.csv
@@ -46,6 +47,7 @@ class TrainingMonitor(pl.Callback):
         self.steps: dict | None = None  # `Plan.of_checkpoint()` of the run that is resumed
         self.random_state: Tensor | None = None  # torch's, before the training; None if `setup` was never reached
         self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
+        self.batch: Any = None  # of the step whose gradients are computed
         self.early_stopping: list[EarlyStopping] = []  # those of scores that may look after the validation
 
     @classmethod
@@ -128,6 +130,9 @@ class TrainingMonitor(pl.Callback):
 
     # ---- At every step: a loss that is not finite ----
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        self.batch = batch
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Start copying to the host whether the loss is finite; the copy runs during the backward pass."""
         self.finite = to_host(distributed.gather(loss.detach().isfinite().view(1)))
@@ -137,21 +142,25 @@ class TrainingMonitor(pl.Callback):
         if not finite.all():
             bad = (~finite).nonzero().flatten().tolist()
             raise FloatingPointError(self.describe(trainer, pl_module, bad))
+        self.batch = None
 
-    @staticmethod
-    def describe(trainer: pl.Trainer, module: pl.LightningModule, ranks: list[int]) -> str:
+    def describe(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: list[int]) -> str:
         """Return the error message for a loss that is not finite on processes `ranks`."""
+        n = int(distributed.gather(torch.tensor([count_not_finite(self.batch)], device=module.device)).sum())
         terms = ", ".join(f"{name}={value:.4g}" for name, value in module.step_metrics.items() if "loss" in name)
         named = [(name, p.grad.detach().norm()) for name, p in module.named_parameters() if p.grad is not None]
         norm = torch.stack([norm for _, norm in named]).norm().item()
         first = next((name for name, norm in named if not math.isfinite(norm)), "none")
+        remedy = "Try a lower lr, a longer warm-up, precision 32-true or bf16-mixed, or a higher T"
+        if n:
+            remedy = f"{n} images of this batch have pixels that are not finite. {REPAIR}"
         return (
             f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch + 1}, batch "
             f"{trainer.fit_loop.batch_idx}) on process {', '.join(map(str, ranks))}; on process {distributed.rank()} "
             f"{terms}; "
             f"learning rate {trainer.optimizers[0].param_groups[0]['lr']:.4g}, gradient norm {norm:.4g}, first "
-            f"parameter without a finite gradient: {first}. Neither the weights nor the checkpoints were changed. Try "
-            "a lower lr, a longer warm-up, precision 32-true or bf16-mixed, or a higher T"
+            f"parameter without a finite gradient: {first}. Neither the weights nor the checkpoints were changed. "
+            f"{remedy}"
         )
 
     def on_train_batch_end(
@@ -168,6 +177,13 @@ class TrainingMonitor(pl.Callback):
     # ---- Once per epoch: no batch, collapse and unreadable images ----
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse an epoch without a batch, which Lightning would repeat for ever until `max_steps`."""
+        loop, step, steps = trainer.fit_loop, trainer.global_step, pl_module.plan.steps
+        if loop.batch_idx < 0 and not trainer.should_stop and not loop.restarted_mid_epoch:
+            raise ValueError(
+                f"the loader yielded no batch in epoch {pl_module.epoch}, after {step} of {steps} steps. "
+                f"Let an iterable data set start over at each __iter__{f', or set max_steps={step}' if step else ''}."
+            )
         self.warn_of_collapse(trainer, "step_projection_std", COLLAPSED_STD, "1 is healthy, 0 a single point")
         self.report_unreadable(trainer)
 
@@ -177,13 +193,6 @@ class TrainingMonitor(pl.Callback):
             self.report_unreadable(trainer)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse an epoch without a batch, which Lightning would repeat for ever until `max_steps`."""
-        loop, step, steps = trainer.fit_loop, trainer.global_step, pl_module.plan.steps
-        if loop.batch_idx < 0 and not trainer.should_stop and not loop.restarted_mid_epoch:
-            raise ValueError(
-                f"the loader yielded no batch in epoch {pl_module.epoch}, after {step} of {steps} steps. "
-                f"Let an iterable data set start over at each __iter__{f', or set max_steps={step}' if step else ''}."
-            )
         self.report_unreadable(trainer)
 
     def report_unreadable(self, trainer: pl.Trainer) -> None:

@@ -1,8 +1,11 @@
 """Checks of the images that a loader yields: their type, their axes, and whether floats are normalized."""
 
+from typing import Any
+
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from model_params import EncoderAndDataParams
 
@@ -10,6 +13,7 @@ from model_params import EncoderAndDataParams
 HIGHEST_MEAN = 3.0  # of a channel: a black image has -2.1 with ImageNet's constants
 HIGHEST_STD = 5.0  # of a channel
 LOWEST_STD = 0.02  # of the channel that varies most
+REPAIR = "Repair such images, or leave them out of the data set"
 
 
 def check_pixels(images: Tensor, channels: int) -> None:
@@ -107,16 +111,27 @@ def check_batch_images(images: Tensor | list[Tensor], params: EncoderAndDataPara
             f"warning: the loader yields {len(parts)} views of each image, of which {used} are used: set n_large_views "
             "and n_small_views"
         )
-    if parts[0].is_floating_point():
-        check_floats(parts[0], params)
+    lines = [check_floats(part, params) for part in parts if part.is_floating_point()]
+    if line := next(filter(None, lines), ""):
+        rank_zero_info(line)
 
 
-def check_floats(images: Tensor, params: EncoderAndDataParams) -> None:
-    """Log a message if the values of float images do not seem to be normalized.
+def count_not_finite(batch: Any) -> int:
+    """Return the number of images with pixels that are not finite in a batch of any format: in the worst view."""
+    views = [part for part in tree_leaves(batch) if isinstance(part, Tensor) and part.dim() > 2]
+    return max((int((~view.isfinite()).flatten(1).any(1).sum()) for view in views), default=0)
+
+
+def check_floats(images: Tensor, params: EncoderAndDataParams) -> str:
+    """Return a message if the values of float images do not seem to be normalized, else "".
 
     Raises:
-        ValueError: the values are pixels from 0 to 255.
+        ValueError: values are not finite, or are pixels from 0 to 255.
     """
+    if n := count_not_finite(images):
+        raise ValueError(
+            f"images={images.dtype} {list(images.shape)}: {n} of the images have pixels that are not finite. {REPAIR}."
+        )
     low, high = float(images.min()), float(images.max())
     if low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
         raise ValueError(
@@ -128,9 +143,10 @@ def check_floats(images: Tensor, params: EncoderAndDataParams) -> None:
     are_pixels = 0 <= low < high <= 1 and any(params.mean)
     if are_pixels or means.abs().max() > HIGHEST_MEAN or stds.max() > HIGHEST_STD or 0 < stds.max() < LOWEST_STD:
         mean, std = (", ".join(f"{value:.2g}" for value in values.tolist()) for values in (means, stds))
-        rank_zero_info(
+        return (
             f"the loader's float images do not seem to be normalized, and are not normalized here: values from "
             f"{low:.2g} to {high:.2g}, means of the channels {mean}, standard deviations {std}. Normalize them in the "
             f"loader (for values from 0 to 1 with image_mean={list(params.mean)} and image_std={list(params.std)}), or "
             "yield uint8 images."
         )
+    return ""

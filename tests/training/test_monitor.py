@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
@@ -169,3 +169,16 @@ def test_an_epoch_that_a_callback_ends_before_its_first_batch_is_accepted(small,
     fit = trainer(max_epochs=3, callbacks=[stopping])
     fit.fit(SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=Encoder()))
     assert fit.global_step == 2
+
+
+@pytest.mark.parametrize(("bad", "reported"), [(3, ValueError), (20, FloatingPointError)])
+def test_images_that_are_not_finite_are_named_in_any_batch_and_view(bad, reported, small, trainer):
+    """In the first batch they are refused at once. Later ones are looked at if the loss is not finite."""
+    views, labels = torch.randn(2, 32, 1, 8, 8), torch.arange(32) % 10
+    views[1, bad] = float("nan")
+    pretraining = SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=Encoder())
+    linear = LinearClassifierMethod(dataset_name="digits", batch_size=16, lr=0.1, seed=0, encoder=Encoder())
+    for model, data in ((pretraining, TensorDataset(*views)), (linear, TensorDataset(views[1], labels))):
+        with pytest.raises(reported, match="1 (of the images|images of this batch) have pixels .* Repair") as found:
+            trainer().fit(model, DataLoader(data, batch_size=16))
+        assert "Try a lower lr" not in str(found.value)
