@@ -254,3 +254,17 @@ def test_settings_of_other_sizes_than_the_checkpoints_are_refused(small, trainer
         with pytest.raises(ValueError, match=rf"^{name}=128: .*x.ckpt does not fit \(size mismatch for .* or start a"):
             SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", **{name: 128})
     assert SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", K=64).params.K == 64
+
+
+@pytest.mark.parametrize("calls_ours", [False, True])
+def test_a_subclass_with_two_optimizers_is_told_to_use_one(calls_ours, small, trainer):
+    """Lightning advises manual optimization, which is refused."""
+
+    class Own(SelfSupervisedMethod):
+        def configure_optimizers(self):
+            ours = super().configure_optimizers()["optimizer"] if calls_ours else torch.optim.Adam(self.parameters())
+            return [ours, torch.optim.Adam(self.model.parameters())]
+
+    with pytest.raises(RuntimeError, match="multiple optimizers") as found:
+        trainer().fit(Own(small("simclr", evaluations=[]), encoder=Normalized()))
+    assert "return one optimizer with several parameter groups" in found.value.__notes__[0]

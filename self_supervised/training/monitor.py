@@ -221,8 +221,10 @@ class TrainingMonitor(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore what an interrupted validation has put into eval mode, in which a later `fit` would train. Add the
-        file that a dead worker read last to the exception."""
+        file that a dead worker read last to the exception, and correct Lightning's advice."""
         self.teardown(trainer, pl_module, "")
+        if "multiple optimizers" in str(exception):  # Lightning's, which advises what `setup` refuses
+            exception.add_note("Manual optimization is refused: return one optimizer with several parameter groups")
         loop = trainer._active_loop
         if loop is not None and not trainer.training:
             loop._module_mode.restore(pl_module)
