@@ -416,6 +416,17 @@ def test_the_next_training_uses_the_batch_size_of_the_tuner(method, trainer):
         Tuner(trainer()).scale_batch_size(method(global_batch_size=16))
 
 
+def test_trials_of_the_tuner_warn_of_nothing_that_the_user_did_not_do(small, trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(moco, "rank_zero_info", said.append)
+    model, fit = SelfSupervisedMethod(small(evaluations=[], m=0.5), encoder=Encoder()), trainer()
+    Tuner(fit).scale_batch_size(model, max_trials=3, steps_per_trial=1)
+    assert not said
+    fit.fit(model)
+    assert any("random vectors until step" in line for line in said)
+    assert not any("other weights than the model" in line for line in said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):
