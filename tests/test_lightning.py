@@ -427,6 +427,21 @@ def test_trials_of_the_tuner_warn_of_nothing_that_the_user_did_not_do(small, tra
     assert not any("other weights than the model" in line for line in said)
 
 
+def test_a_frozen_method_is_refused_and_trains_after_unfreeze(method, trainer):
+    trained = []
+    for frozen in (False, True):
+        model = method(encoder_lr=0.1) if method.width == 10 else method()
+        if frozen:
+            model.freeze()
+            with pytest.raises(ValueError, match="^requires_grad=False for all weights, as after freeze"):
+                trainer().fit(model)
+            model.unfreeze()
+        trainer().fit(model)
+        trained.append(model)
+    for name, p in trained[0].named_parameters():
+        assert trained[1].get_parameter(name).requires_grad == p.requires_grad, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):

@@ -91,6 +91,15 @@ def refuse_manual_optimization(method: pl.LightningModule) -> None:
         )
 
 
+def refuse_frozen(method: pl.LightningModule) -> None:
+    """Raise ValueError if there is nothing to train, for example after Lightning's `freeze`."""
+    if not modules.requires_gradient(method):
+        raise ValueError(
+            "requires_grad=False for all weights, as after freeze(): there is nothing to train. Call unfreeze(), or "
+            "classifier.requires_grad_() of a classifier whose encoder stays frozen."
+        )
+
+
 def try_one_image(method: pl.LightningModule) -> None:
     """Raise ValueError if the networks cannot train on a batch of one image."""
     p = method.params
@@ -143,6 +152,8 @@ def doubts_at_start(method: pl.LightningModule) -> list[str]:
             "a network was replaced after the method was built, but not its lagging copy. Build the method with the "
             "network: encoder=..., and the fields of the heads."
         )
+    if not any(isinstance(callback, TrainingMonitor) for callback in method.trainer.callbacks):
+        return []  # a Tuner tries batch sizes or learning rates, without callbacks and from step 0 each time
     same = all(torch.equal(*each) for lagging, online in weights for each in zip(lagging, online, strict=True))
     return lines if same or method.was_trained or method.global_step > 0 else [*lines, OTHER_LAGGING]
 
@@ -152,8 +163,6 @@ def refuse_constant_heads(params: ModelParams) -> None:
     here, so that checkpoints with it can still be loaded."""
     constant = [name for kind, width, name in normalized_layers(params) if kind == "gn" and width == GROUPS]
     if constant:
-    if not any(isinstance(callback, TrainingMonitor) for callback in method.trainer.callbacks):
-        return []  # a Tuner tries batch sizes or learning rates, without callbacks and from step 0 each time
         raise ValueError(
             f"{constant[0]}={GROUPS}: group norm has {GROUPS} groups; with one unit in each, its output is 0 for "
             f"every image. Choose {2 * GROUPS} or another multiple of {GROUPS}."

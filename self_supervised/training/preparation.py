@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from self_supervised import distributed
 from self_supervised.data.loading import images_per_batch
 from self_supervised.training import precision
+from self_supervised.training.fit_checks import refuse_frozen
 
 
 def prepare(method: pl.LightningModule, stage: str) -> Sequence[RemovableHandle]:
@@ -21,6 +22,10 @@ def prepare(method: pl.LightningModule, stage: str) -> Sequence[RemovableHandle]
     if stage != "fit":
         return hooks
     precision.refuse_another_type(method)
+    refuse_frozen(method)
+    for name, network in method.named_children():
+        if name.startswith("lagging_"):
+            network.requires_grad_(False)  # Lightning's `unfreeze` changes all
     if trainer.strategy.root_device.type == "cpu" and trainer.precision in precision.BFLOAT16_ON_CPU:
         hooks = precision.keep_exact(method)
     if method.params.winograd:
