@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
@@ -440,6 +441,12 @@ def test_a_frozen_method_is_refused_and_trains_after_unfreeze(method, trainer):
         trained.append(model)
     for name, p in trained[0].named_parameters():
         assert trained[1].get_parameter(name).requires_grad == p.requires_grad, name
+
+
+def test_weights_are_pruned_in_contiguous_format(small, trainer):
+    model = SelfSupervisedMethod(small("simclr", evaluations=[])).to(memory_format=torch.contiguous_format)
+    trainer(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]).fit(model)
+    assert (torch.nn.utils.parameters_to_vector(model.model.parameters()) == 0).float().mean() > 0.4
 
 
 @pytest.mark.slow
