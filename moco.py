@@ -354,7 +354,8 @@ class SelfSupervisedMethod(BaseMethod):
         for scores in self.scores_of_loaders():
             self.log_scores(scores)
             if scores:
-                self.print(f"epoch {self.epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+                of = "scores" if self.was_trained and self.epoch == 0 else f"epoch {self.epoch}"  # of earlier training
+                self.print(f"{of}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""

@@ -315,6 +315,17 @@ def test_a_loaded_encoder_is_not_called_random(small, trainer, tmp_path):
     assert model.starting_point() == "starting encoder"
 
 
+def test_scores_of_a_trained_encoder_are_not_called_epoch_0(small, trainer, monkeypatch):
+    model, said = SelfSupervisedMethod(small("simclr", evaluations=["rank_me"]), encoder=Encoder()), []
+    monkeypatch.setattr(model, "print", lambda name, *_: said.append(name))
+    fit = trainer()
+    fit.validate(model, verbose=False)
+    fit.fit(model)
+    for one in (fit, trainer()):
+        one.validate(model, verbose=False)
+    assert said == ["epoch 0:", "epoch 1:", "epoch 1:", "scores:"]
+
+
 def test_checkpoints_hold_the_state_of_early_stopping_after_their_epoch(small, trainer, tmp_path):
     model = SelfSupervisedMethod(small(evaluations=["rank_me"]), encoder=Encoder())
     stopping = EarlyStopping("valid_rank_me", mode="max", patience=9)
