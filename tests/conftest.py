@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,16 +110,21 @@ def trainer():
 
 
 @pytest.fixture
-def weights_after_two_epochs(trainer, tmp_path):
-    """weights_after_two_epochs(model): of an uninterrupted training, which leaves checkpoints every three steps in
-    tmp_path; with a checkpoint, of one that goes on from there."""
+def resumes_as_uninterrupted(trainer, tmp_path):
+    """resumes_as_uninterrupted(model_of): two epochs of model_of(workers=0) give the weights that model_of(workers=2)
+    has which goes on after the third of the five steps of the first epoch."""
 
-    def train(model: pl.LightningModule, checkpoint: Path | None = None) -> torch.Tensor:
+    def weights(model: pl.LightningModule, checkpoint: Path | None = None) -> torch.Tensor:
         saving = [Checkpoints(tmp_path, every_n_steps=3, keep=99)] if checkpoint is None else []
         trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=checkpoint)
         return torch.cat([p.flatten() for p in model.state_dict().values()])
 
-    return train
+    def compare(model_of: Callable[[int], pl.LightningModule]) -> None:
+        uninterrupted = weights(model_of(0))
+        (after_three,) = tmp_path.glob("step_*03.ckpt")
+        assert torch.equal(weights(model_of(2), after_three), uninterrupted)
+
+    return compare
 
 
 @pytest.fixture

@@ -522,16 +522,6 @@ def test_one_float_view_is_refused_in_words(small, trainer):
         )
 
 
-def test_collapse_is_named_once(small, trainer):
-    class Constant(TinyEncoder):
-        def forward(self, x):
-            return super().forward(x) * 0 + 1
-
-    with pytest.warns(UserWarning, match="collapse: step_projection_std=0.000") as found:
-        trainer(max_epochs=2).fit(SelfSupervisedMethod(small(evaluations=[]), encoder=Constant()))
-    assert len([w for w in found if "collapse" in str(w.message)]) == 1
-
-
 @pytest.mark.parametrize("devices", [2, 3])
 def test_no_key_shares_its_batch_statistics_with_its_own_query(devices):
     """On one process the shuffled keys are encoded in parts, and every key is returned at its place."""

@@ -820,14 +820,8 @@ def test_runs_that_drew_the_same_lists_are_compared(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):
-    def weights(workers: int, path: Path | None = None) -> torch.Tensor:
-        model = SelfSupervisedMethod(params(photos, num_data_workers=workers))
-        return weights_after_two_epochs(model, path)
-
-    uninterrupted = weights(workers=0)
-    (after_three,) = tmp_path.glob("step_*03.ckpt")  # of the 5 steps of the first epoch
-    assert torch.equal(weights(2, after_three), uninterrupted)
+def test_resumed_training_and_workers_change_nothing(photos, resumes_as_uninterrupted):
+    resumes_as_uninterrupted(lambda workers: SelfSupervisedMethod(params(photos, num_data_workers=workers)))
 
 
 @pytest.mark.slow

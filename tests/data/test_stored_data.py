@@ -518,16 +518,11 @@ def test_a_set_within_the_window_is_shuffled_as_files_are():
 # ---- training ----
 
 
-def test_resumed_training_on_shards_and_workers_change_nothing(stored, weights_after_two_epochs, tmp_path, monkeypatch):
+def test_resumed_training_on_shards_and_workers_change_nothing(stored, resumes_as_uninterrupted, monkeypatch):
     monkeypatch.setattr(batches, "WINDOW", 10)
-
-    def weights(workers: int, path: Path | None = None) -> torch.Tensor:
-        model = SelfSupervisedMethod(params(stored["shards"], num_data_workers=workers, evaluations=[]))
-        return weights_after_two_epochs(model, path)
-
-    uninterrupted = weights(workers=0)
-    (after_three,) = tmp_path.glob("step_*03.ckpt")  # of the 5 steps of the first epoch
-    assert torch.equal(weights(2, after_three), uninterrupted)
+    resumes_as_uninterrupted(
+        lambda workers: SelfSupervisedMethod(params(stored["shards"], num_data_workers=workers, evaluations=[]))
+    )
 
 
 @pytest.mark.slow

@@ -106,11 +106,9 @@ def test_multiple_labels_of_an_image_are_refused_by_a_linear_stage(monkeypatch, 
         check_run(RunOptions(linear_epochs=1), small("simclr", dataset_name="voc07"))
 
 
-def test_an_unknown_metric_of_save_best_is_refused_before_the_training(monkeypatch, tmp_path):
+def test_an_unknown_metric_of_save_best_is_refused_before_the_training(monkeypatch):
     line = "--dataset_name digits --evaluations knn --max_epochs 1000 --save_best accuracy"
-    monkeypatch.setattr(sys, "argv", ["train.py", "simclr", *SMALL.split(), "--out", "run", *line.split()])
-    with pytest.raises(SystemExit, match="save_best='accuracy'"):
-        train.main()
+    refused(line, "save_best='accuracy'", monkeypatch)
     assert not Path("run").exists()
 
 
