@@ -21,15 +21,15 @@ from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.values import text, type_text
 
 PAGE = Path(__file__).with_name("options.md")
-MARKER = "<!-- Below this line everything is written by `python docs/options_page.py`: edit the fields. -->\n"
+MARKER = re.compile("<!-- Below this line everything is written by .*\n")  # of every page that has a program
 CLASSES = (ModelParams, LinearClassifierMethodParams, RunOptions)
 
 
-def updated(page: str, kinds: Sequence[type] = CLASSES) -> str:
-    """Return the page with the tables of `kinds` below its marker."""
-    above, marker, _ = page.partition(MARKER)
-    assert marker, f"{PAGE.name} has lost its marker"
-    return f"{above}{MARKER}\n{generated(kinds)}\n"
+def updated(page: str, below: str) -> str:
+    """Return a page with this text below its marker."""
+    marker = MARKER.search(page)
+    assert marker, "the page has lost its marker"
+    return f"{page[: marker.end()]}\n{below}\n"
 
 
 def generated(kinds: Sequence[type]) -> str:
@@ -104,7 +104,7 @@ def escaped(cell: str) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(updated(PAGE.read_text()))
+    PAGE.write_text(updated(PAGE.read_text(), generated(CLASSES)))
 
 
 if __name__ == "__main__":

@@ -8,21 +8,18 @@ rewrites everything below the page's marker. What stands above it is written by 
 from pathlib import Path
 from typing import Any
 
-from options_page import table
+from options_page import table, updated
 
 from self_supervised import recipes
 from self_supervised.recipes import KindOfData, Outcome
 
 PAGE = Path(__file__).with_name("recipes.md")
-MARKER = "<!-- Below this line everything is written by `python docs/recipes_page.py`: edit recipes.py. -->\n"
 HEAD = ("preset", "score", "random", "trained", "seeds", "minutes", "further settings")
 
 
-def updated(page: str) -> str:
-    """Return the page with the tables of all recipes below its marker."""
-    above, marker, _ = page.partition(MARKER)
-    assert marker, f"{PAGE.name} has lost its marker"
-    return f"{above}{MARKER}\n" + "\n\n".join(section(*item) for item in recipes.KINDS.items()) + "\n"
+def generated() -> str:
+    """Return one section for each kind of data."""
+    return "\n\n".join(section(*item) for item in recipes.KINDS.items())
 
 
 def section(name: str, kind: KindOfData) -> str:
@@ -56,7 +53,7 @@ def score(found: tuple[float, float | None] | None) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(updated(PAGE.read_text()))
+    PAGE.write_text(updated(PAGE.read_text(), generated()))
 
 
 if __name__ == "__main__":

@@ -139,4 +139,4 @@ def test_benchmark_folder_holds_the_images_of_cifar10_by_class(tmp_path, monkeyp
 
 def test_page_is_current():
     text = recipes_page.PAGE.read_text()
-    assert recipes_page.updated(text) == text, "run: python docs/recipes_page.py"
+    assert recipes_page.updated(text, recipes_page.generated()) == text, "run: python docs/recipes_page.py"
