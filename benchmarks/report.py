@@ -7,6 +7,7 @@ In the text, a table stands between `<!-- NAME -->` and `<!-- end -->`, where NA
 
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +21,9 @@ matplotlib.use("Agg")
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("performance.md", "results.md", "evidence.md", "evaluation.md", "distill.md")
+OF_PRESETS = {"linear %": 1, "kNN-20 %": 1, "epochs": None, "minutes": 0, "images/s": 0, "precision": None}  # digits
+CONTESTANT = ("who", "method", "recipe", "encoder", "lr", "pooling_size", "threads", "minutes")
+OF_RACE = {"linear %": 1, "kNN-20 %": 1, "images seen": 0, "minutes in all": 1}
 OURS, OTHERS, FLOOR = "#1f6feb", "#b8bec8", "#e3b341"
 
 
@@ -53,23 +57,21 @@ def table_of(path: Path) -> str:
     if path.stem.startswith("sweep"):
         rows = tries_of_presets(rows)
     elif "preset" in rows[0]:
-        rows = over_seeds(rows)
+        run = ("preset", "lr", "settings") if any(row["settings"] for row in rows) else ("preset", "lr")
+        rows = over_seeds(rows, run, OF_PRESETS)
     if path.stem.startswith("race"):
-        rows = race_over_seeds(rows)
+        rows = over_seeds(rows, CONTESTANT, OF_RACE)
     rows = [row for row in rows if not row.get("note", "").startswith("skipped")]  # no time was left for them
     return f"{markdown([{key: number(value) for key, value in row.items()} for row in rows])}\n\n{about}"
 
 
-def over_seeds(rows: list[Row]) -> list[Row]:
-    """Return one row for each preset with its settings: means over its seeds, and their sample standard deviations."""
-    run = ("preset", "lr", "settings") if any(row["settings"] for row in rows) else ("preset", "lr")
+def over_seeds(rows: list[Row], run: Sequence[str], columns: dict[str, int | None]) -> list[Row]:
+    """Return one row for each run with its settings: of the columns with digits, means over its seeds and their sample
+    standard deviations; of the others, the distinct values."""
     return [
         {
             **{name: group[0][name] for name in run},
-            **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
-            "epochs": group[0]["epochs"],
-            **{name: mean_text(group, name, 0) for name in ("minutes", "images/s")},
-            "precision": different(group, "precision"),
+            **{name: mean_text(group, name, digits) for name, digits in columns.items()},
             "seeds": " ".join(row["seed"] for row in group),
             "commit": different(group, "commit"),
         }
@@ -91,22 +93,6 @@ def tries_of_presets(rows: list[Row]) -> list[Row]:
     return summaries
 
 
-def race_over_seeds(rows: list[Row]) -> list[Row]:
-    """Return one row for each contestant of the race, as `over_seeds` does for presets."""
-    contestant = ("who", "method", "recipe", "encoder", "lr", "pooling_size", "threads", "minutes")
-    return [
-        {
-            **{name: group[0][name] for name in contestant},
-            **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
-            "images seen": mean_text(group, "images seen", 0),
-            "minutes in all": mean_text(group, "minutes in all", 1),
-            "seeds": " ".join(row["seed"] for row in group),
-            "commit": different(group, "commit"),
-        }
-        for group in grouped(rows, *contestant)
-    ]
-
-
 def grouped(rows: list[Row], *names: str) -> list[list[Row]]:
     """Return the rows that have the same values of these columns together, in the order of their first ones."""
     groups: dict[tuple, list[Row]] = {}
@@ -120,7 +106,9 @@ def different(rows: list[Row], name: str) -> str:
     return " ".join(sorted({row[name] for row in rows}))
 
 
-def mean_text(rows: list[Row], name: str, digits: int) -> str:
+def mean_text(rows: list[Row], name: str, digits: int | None) -> str:
+    if digits is None:
+        return different(rows, name)
     values = [float(row[name]) for row in rows if row[name]]
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if digits and len(values) > 1 else ""
     return f"{statistics.mean(values):,.{digits}f}{deviation}" if values else ""
