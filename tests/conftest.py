@@ -6,10 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from model_params import PRESETS
 from self_supervised.data import data_sets
@@ -44,7 +47,8 @@ SMALL_OF = {
     **dict.fromkeys(("fastsiam", "lejepa", "visreg", "emp_ssl", "distill"), {"n_large_views": 2}),
     "nnclr": {"projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": []},
 }
-
+VECTORS = 6, 5, 9  # N, D, K of `vectors`
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 FIRST = ("test_launch", "test_installation", "test_benchmarks", "test_notebooks", "test_resume", "test_ddp")
 
@@ -52,6 +56,45 @@ FIRST = ("test_launch", "test_installation", "test_benchmarks", "test_notebooks"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that take longest, so that no process ends long after the others."""
     items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
+class TinyEncoder(nn.Module):
+    """Encoder [N, 1, 8, 8] -> [N, 6] that counts its forward passes in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.net(x)
+
+
+def normalized_encoder() -> nn.Module:
+    """Encoder [N, 1, 8, 8] -> [N, 6] with a batch norm."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU())
+
+
+def save_checkpoint(method: pl.LightningModule, path: Path, **more: Any) -> Path:
+    """Write what a checkpoint has of a method that was not trained."""
+    torch.save({"state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams), **more}, path)
+    return path
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """Equal values, and equal gradients with respect to the inputs."""
+    assert found.item() == pytest.approx(expected.item(), abs=1e-10)
+    pairs = zip(*(torch.autograd.grad(x, inputs, retain_graph=True) for x in (found, expected)), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-10) for ours, theirs in pairs)
+
+
+@pytest.fixture
+def vectors():
+    """q and k on the sphere with gradient, and a queue, in float64."""
+    n, d, k = VECTORS
+    q, k, queue = (F.normalize(torch.randn(rows, d, dtype=torch.float64), dim=1) for rows in (n, n, k))
+    return q.requires_grad_(), k.requires_grad_(), queue
 
 
 @pytest.fixture(scope="session")
@@ -102,9 +145,8 @@ def trainer():
     """trainer(max_steps=2): two steps and one batch of validation, unless told otherwise."""
 
     def build(**options) -> pl.Trainer:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         size = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
-        return pl.Trainer(accelerator="cpu", enable_model_summary=False, **{**quiet, **size, **options})
+        return pl.Trainer(accelerator="cpu", **{**QUIET, **size, **options})
 
     return build
 

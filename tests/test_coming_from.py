@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import videos
+from conftest import QUIET
 from PIL import Image
 from torch import Tensor, nn
 
@@ -120,9 +121,8 @@ def check(program: str, arguments: list[str], monkeypatch) -> None:
 
 class ShortTrainer(pl.Trainer):
     def __init__(self, **options):
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
         short = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}
-        super().__init__(enable_model_summary=False, **{**quiet, **short, "accelerator": "cpu"})
+        super().__init__(**{**QUIET, **options, **short, "accelerator": "cpu"})
 
 
 @pytest.fixture

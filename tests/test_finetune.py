@@ -12,6 +12,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18
 
@@ -380,13 +381,7 @@ def tuned(rank: int, world: int) -> dict:
     linear = method(encoder=encoder, encoder_lr=0.05, layer_decay=0.5, label_fraction=0.1, batch_size=32 // world)
     linear.augment = lambda images, seed, positions: [images / 255]
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    fit = pl.Trainer(accelerator="cpu", max_steps=3, num_sanity_val_steps=0, **quiet, **several)
+    fit = pl.Trainer(accelerator="cpu", max_steps=3, num_sanity_val_steps=0, **QUIET, **several)
     fit.fit(linear)
     return {**linear.state_dict(), "valid": fit.validate(linear, verbose=False)[0]["valid_loss"]}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from conftest import QUIET
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "self_supervised"
@@ -212,9 +213,7 @@ def files_of_a_step(preset: str) -> list[str]:
 
     small = {"dataset_name": "digits", "encoder_arch": "shufflenet_v2_x0_5", "batch_size": 32, "seed": 0}
     method = SelfSupervisedMethod(PRESETS[preset](**small, evaluations=[], num_data_workers=0))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False}
-    pl.Trainer(accelerator="cpu", max_steps=2, callbacks=[Traced()], **quiet).fit(method)
+    pl.Trainer(accelerator="cpu", max_steps=2, callbacks=[Traced()], **QUIET).fit(method)
     return sorted(file for file in files if not file.startswith((".venv", "tests")))
 
 

@@ -6,33 +6,18 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import VECTORS, assert_same
 
 from model_params import ALL_VIEW_LOSSES, LOSSES, PRESETS, ModelParams
 from self_supervised import losses, multi_view_losses
 
-N, D, K = 6, 5, 9
+N, D, K = VECTORS
 RECORDED = {None: 0.5890572208768287, 0.5: 0.6203599585284832}  # sigma -> loss of a public implementation of DCL
-
-
-@pytest.fixture
-def vectors():
-    """q and k on the sphere with gradient, and a queue, in float64."""
-    q, k, queue = (F.normalize(torch.randn(n, D, dtype=torch.float64), dim=1) for n in (N, N, K))
-    return q.requires_grad_(), k.requires_grad_(), queue
 
 
 def loss(params_change, q, k, queue=None):
     params = attrs.evolve(ModelParams(), **params_change)
     return losses.get_loss(params)(q, k, queue)
-
-
-def assert_same(actual, expected, *inputs):
-    """Equal values, and equal gradients with respect to the inputs."""
-    assert actual.item() == pytest.approx(expected.item(), abs=1e-10)
-    for ours, theirs in zip(
-        *(torch.autograd.grad(x, inputs, retain_graph=True) for x in (actual, expected)), strict=True
-    ):
-        assert torch.allclose(ours, theirs, atol=1e-10)
 
 
 def info_nce(q, candidates_of, T, weight=1.0):

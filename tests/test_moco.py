@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from conftest import TinyEncoder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,19 +25,6 @@ from self_supervised.data.batches import images_and_labels
 from self_supervised.networks import frozen_encoder, pretrained
 from self_supervised.networks.keys import ema_update
 from self_supervised.training import schedules
-
-
-class TinyEncoder(nn.Module):
-    """Encoder [N, 1, 8, 8] -> [N, 6] that counts its forward passes in train mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
-        self.passes = 0
-
-    def forward(self, x):
-        self.passes += self.training
-        return self.net(x)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_same
 
 from model_params import PRESETS
 from self_supervised import losses, multi_view_losses
@@ -33,12 +34,6 @@ WEIGHT, QUEUE = by_rule(P, 1.0), by_rule(3, 0.7)
 def of_all(preset: str, z: torch.Tensor, k: torch.Tensor | None = None, **fields) -> torch.Tensor:
     params = PRESETS[preset](**{"n_large_views": len(z), **fields})
     return multi_view_losses.get_loss_of_views(params, (0, 1))(z, z if k is None else k)["loss"]
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:
-    assert found.item() == pytest.approx(expected.item(), abs=1e-10)
-    pairs = zip(*(torch.autograd.grad(x, inputs, retain_graph=True) for x in (found, expected)), strict=True)
-    assert all(torch.allclose(ours, theirs, atol=1e-10) for ours, theirs in pairs)
 
 
 # ---- Labels ----

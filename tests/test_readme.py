@@ -7,6 +7,7 @@ import attrs
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+from conftest import QUIET
 
 from self_supervised.data import loading, packed
 from self_supervised.training.checkpoints import newest
@@ -27,8 +28,7 @@ def test_python_blocks(monkeypatch, tmp_path):
     class ShortTrainer(pl.Trainer):
         def __init__(self, **options):
             assert options.pop("max_epochs") > 1
-            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
+            super().__init__(**{**options, **QUIET, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATA_PATH", raising=False)

@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import recipes_page
 import torch
+from conftest import QUIET
 
 import self_supervised as ssl
 import train_blog
@@ -117,8 +118,7 @@ def test_recipe_beats_its_random_encoder(digits_path, monkeypatch):
         return validation.knn(train_x[labeled], train_y[labeled], test_x, test_y)["valid_knn20_acc"]
 
     before = accuracy()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    pl.Trainer(accelerator="cpu", max_epochs=2, enable_model_summary=False, **quiet).fit(model)
+    pl.Trainer(accelerator="cpu", max_epochs=2, **QUIET).fit(model)
     assert accuracy() > before + 2
 
 

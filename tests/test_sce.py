@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import videos
+from conftest import VECTORS
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,18 +27,11 @@ from self_supervised.runs import command_line
 from self_supervised.training import schedules
 from self_supervised.training.plan import Plan
 
-N, D, K = 6, 5, 9
+N, D, K = VECTORS
 SETS = {"queue": (True, False), "keys": (False, True), "keys and queue": (True, True)}
 
 
 # ---- Loss ----
-
-
-@pytest.fixture
-def vectors():
-    """q, k on the sphere with gradient, and a queue; float64."""
-    q, k, queue = (F.normalize(torch.randn(n, D, dtype=torch.float64), dim=1) for n in (N, N, K))
-    return q.requires_grad_(), k.requires_grad_(), queue
 
 
 def settings(relational_set: str, **fields) -> ModelParams:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from test_moco import TinyEncoder
+from conftest import TinyEncoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_classifier import LinearClassifierMethod

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET
 from test_custom_data import params
 
 from moco import SelfSupervisedMethod
@@ -48,9 +49,8 @@ def train_on(rank: int, roots: dict[str, str], checkpoints: str) -> dict:
             for parameter in encoder.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
             callbacks = [seen] if resumed else [seen, Checkpoints(folder, every_n_steps=1, keep=99)]
-            quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
             processes = {"strategy": "ddp", "devices": 2, "max_epochs": 2, "num_sanity_val_steps": 0}
-            trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, **processes, **quiet)
+            trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, **processes, **QUIET)
             trainer.fit(model, ckpt_path=folder / "step_000000005.ckpt" if resumed else None)
             found[kind, resumed] = seen.epochs, torch.cat([x.flatten() for x in model.model.state_dict().values()])
     return found

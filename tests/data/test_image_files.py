@@ -13,6 +13,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_custom_data import params as custom_params
@@ -168,13 +169,7 @@ def train_on_what_kills(rank: int, params: ModelParams) -> None:
 
     image_files.read_image = read_or_die
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **quiet)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **QUIET)
     trainer.fit(SelfSupervisedMethod(params, encoder=encoder, num_data_workers=2))
 
 

@@ -9,6 +9,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET
 from PIL import Image
 from torch import nn
 
@@ -62,7 +63,6 @@ def params(root: Path, **fields) -> ModelParams:
 
 def scores(rank: int, world: int, root: Path) -> dict[str, float]:
     how = {"accelerator": "cpu", "devices": world, "strategy": "ddp" if world > 1 else "auto", "max_epochs": 1}
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     found = {}
     for method in (
         SelfSupervisedMethod(params(root), encoder=encoder()),
@@ -71,7 +71,7 @@ def scores(rank: int, world: int, root: Path) -> dict[str, float]:
             batch_size=3, seed=0, unreadable_images="skip",
         ),
     ):  # fmt: skip
-        trainer = pl.Trainer(**how, **quiet, enable_model_summary=False)
+        trainer = pl.Trainer(**how, **QUIET)
         found |= trainer.validate(method, verbose=False)[0]
         if isinstance(method, SelfSupervisedMethod):
             found |= trainer.test(method, verbose=False)[0]

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import LONG
+from conftest import LONG, save_checkpoint
 from PIL import ExifTags, Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.manifold import trustworthiness
@@ -70,13 +70,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(small, tmp_path):
-    return saved(small(), tmp_path / "small.ckpt")
-
-
-def saved(params, path: Path) -> Path:
-    model = SelfSupervisedMethod(params)
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, path)
-    return path
+    return save_checkpoint(SelfSupervisedMethod(small()), tmp_path / "small.ckpt")
 
 
 def tiny(size: int = 32, dataset: str = "imagenet", seed: int = 0) -> Encoder:
@@ -701,7 +695,8 @@ def test_a_corrupt_array_is_named_or_shown_as_an_empty_picture(photos, tmp_path,
 
 def test_nearest_refuses_what_has_no_embedding(features, digits, small, tmp_path, monkeypatch):
     assert "neither a file nor the path of a row" in run_command(monkeypatch, nearest, features, "7/nothing.png")
-    other, copy = saved(small(seed=1), tmp_path / "other.ckpt"), tmp_path / "copy.png"
+    other, copy = tmp_path / "other.ckpt", tmp_path / "copy.png"
+    save_checkpoint(SelfSupervisedMethod(small(seed=1)), other)
     copy.write_bytes((digits / "7" / "0007.png").read_bytes())
     message = run_command(monkeypatch, nearest, features, copy, "--checkpoint", other)
     assert "is not the checkpoint of" in message

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import save_checkpoint
 from earlier.tiny import earlier_tiny
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -53,9 +54,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(small, tmp_path):
-    model = SelfSupervisedMethod(small(encoder_arch="timm:earlier_tiny"))
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "encoder.ckpt")
-    return tmp_path / "encoder.ckpt"
+    return save_checkpoint(SelfSupervisedMethod(small(encoder_arch="timm:earlier_tiny")), tmp_path / "encoder.ckpt")
 
 
 def run(*arguments) -> None:

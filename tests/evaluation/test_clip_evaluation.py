@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import videos
+from conftest import save_checkpoint
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
@@ -84,10 +85,8 @@ def pretrained(folder, tmp_path_factory):
 
 
 def saved(params, path, encoder=None):
-    model = SelfSupervisedMethod(params, encoder=encoder)
-    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "epoch": 0, "global_step": 0}
-    torch.save({**content, "pytorch-lightning_version": pl.__version__}, path)
-    return path
+    more = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": pl.__version__}
+    return save_checkpoint(SelfSupervisedMethod(params, encoder=encoder), path, **more)
 
 
 def encoder_of(path, **settings):

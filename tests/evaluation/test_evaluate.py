@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from attrs import evolve
-from conftest import SMALL
+from conftest import QUIET, SMALL
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 
@@ -39,9 +39,8 @@ def pretrained(digits_path, tmp_path_factory):
 
 
 def pretrain(path, steps=2, preset="simclr", **changes):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     size = {"max_epochs": 1, "limit_train_batches": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **size)
+    trainer = pl.Trainer(accelerator="cpu", **QUIET, **size)
     trainer.fit(SelfSupervisedMethod(PRESETS[preset](**SMALL | changes)))
     trainer.save_checkpoint(path, weights_only=False)
 

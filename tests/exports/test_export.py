@@ -19,6 +19,7 @@ import processes
 import pytest
 import torch
 import torchvision
+from conftest import save_checkpoint
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
@@ -55,14 +56,9 @@ def as_if_trained(module):
     return module
 
 
-def save(method, path):
-    torch.save({"state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams)}, path)
-    return path
-
-
 def new_checkpoint(folder, name, arch, size):
     params = BYOLParams(encoder_arch=arch, transform_crop_size=size, dataset_name="cifar10", **SMALL)
-    return save(as_if_trained(SelfSupervisedMethod(params)), folder / name)
+    return save_checkpoint(as_if_trained(SelfSupervisedMethod(params)), folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +218,7 @@ def test_the_script_of_the_manual_embeds_image_files_as_embed_does(
     settings = {"dataset_name": dataset, "in_channels": channels, "transform_crop_size": 40, **SMALL}
     if channels == 1:
         settings |= {"image_mean": [0.4], "image_std": [0.2]}
-    path = save(SelfSupervisedMethod(BYOLParams(**settings), encoder=own), tmp_path / "encoder.ckpt")
+    path = save_checkpoint(SelfSupervisedMethod(BYOLParams(**settings), encoder=own), tmp_path / "encoder.ckpt")
     file = export.export(path, "onnx", encoder=own, normalize=normalize)
     out = embed(load_encoder(path, encoder=own), image_files, tmp_path / "features.parquet", device="cpu")
     paths, expected, _ = read_embeddings(out)
@@ -257,7 +253,7 @@ def cosine(a, b):
 def test_a_custom_encoder_is_exported(same_process, tmp_path):
     own = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     made = SelfSupervisedMethod(dataset_name="digits", encoder=own, dim=16, K=64, mlp_hidden_dim=32)
-    path = save(made, tmp_path / "own.ckpt")
+    path = save_checkpoint(made, tmp_path / "own.ckpt")
     written = export.export(path, "torch_export", encoder=own)
     assert written == tmp_path / "own.torch_export.pt2"
     images = torch.randn(2, 1, 8, 8)
@@ -657,7 +653,7 @@ def test_parts_of_a_resnet_and_its_heads(checkpoint):
 def test_an_exported_stem_of_another_system_is_read_back_as_itself(tmp_path):
     """And weights of one stem are refused for another, whose tensors have the same shapes."""
     model = SelfSupervisedMethod("simclr", dataset_name="cifar10", stem_variant="padding_2", dim=8, seed=0)
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "own.ckpt")
+    save_checkpoint(model, tmp_path / "own.ckpt")
     exported = load_encoder(export.export(tmp_path / "own.ckpt", "safetensors", tmp_path / "own.safetensors"))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert exported.params.stem_variant == "padding_2"

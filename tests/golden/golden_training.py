@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -88,14 +89,8 @@ def train(method: SelfSupervisedMethod, steps: int, precision: str, stop_after: 
         stop_after: number of steps to take, if it is smaller than `steps`.
     """
     recorder = Recorder(stop_after)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     length = {"max_epochs": -1, "max_steps": steps}
-    trainer = pl.Trainer(accelerator="cpu", precision=precision, callbacks=[recorder], **length, **quiet)
+    trainer = pl.Trainer(accelerator="cpu", precision=precision, callbacks=[recorder], **length, **QUIET)
     trainer.fit(method, DataLoader(TensorDataset(*views().unbind(1)), BATCH_SIZE))
     return recorder
 

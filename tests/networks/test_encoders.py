@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from conftest import save_checkpoint
 from torch import nn
 from torchvision.transforms import functional
 
@@ -228,7 +229,7 @@ def test_timms_vit_is_built_for_the_size_of_the_images(tmp_path):
     fields = {"encoder_arch": "timm:vit_tiny_patch16_224", "dataset_name": "stl10"}
     model = SelfSupervisedMethod(**fields, K=64, seed=0)
     assert model.hparams.embedding_dim == 192 and model.model.built_for == {"img_size": 96}
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "own.ckpt")
+    save_checkpoint(model, tmp_path / "own.ckpt")
     torch.save(model.model.state_dict(), tmp_path / "bare.pt")
     images = torch.randint(255, (2, 3, 96, 96), dtype=torch.uint8)
     own, bare = load_encoder(tmp_path / "own.ckpt"), load_encoder(tmp_path / "bare.pt")

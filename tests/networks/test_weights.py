@@ -1038,7 +1038,7 @@ def test_the_directory_of_a_run_is_accepted_as_encoder_weights(tmp_path):
     first = SelfSupervisedMethod(**small, seed=1)
     run = tmp_path / "run"
     run.mkdir()
-    torch.save({"state_dict": first.state_dict(), "hyper_parameters": dict(first.hparams)}, run / "pretrained.ckpt")
+    save(first, run / "pretrained.ckpt")
     second = SelfSupervisedMethod(**small, seed=2, encoder_weights=str(run))
     for name, tensor in first.model.state_dict().items():
         torch.testing.assert_close(second.model.state_dict()[name], tensor)

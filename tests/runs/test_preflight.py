@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import save_checkpoint
 from PIL import Image
 
 from moco import SelfSupervisedMethod
@@ -164,8 +164,7 @@ def test_a_file_in_place_of_the_runs_folder_is_refused(monkeypatch):
 )
 def test_evaluate_refuses_before_the_first_protocol_runs(options, message, small, monkeypatch):
     Path("file").touch()
-    model = SelfSupervisedMethod(small(transform_crop_size=16))
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, "a.ckpt")
+    save_checkpoint(SelfSupervisedMethod(small(transform_crop_size=16)), "a.ckpt")
     monkeypatch.setattr(evaluate, "run_protocols", lambda *_: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=message):
         evaluate.evaluate_checkpoint("a.ckpt", **{"protocols": ["knn"], "baselines": False, **options})
@@ -178,8 +177,7 @@ def test_no_image_is_held_out_if_nothing_is_scored(small, capsys):
     train.main(["simclr", *SMALL.split(), *line.split(), "--dry_run", "--preview", "views.png"])
     assert "24 for training" in capsys.readouterr().out and Path("views.png").is_file()
     fields = {"dataset_name": "folder", "data_path": "photos", "transform_crop_size": 16, "num_data_workers": 0}
-    model = SelfSupervisedMethod(small(**fields, evaluations=[], val_size=0, test_size=0))
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, "a.ckpt")
+    save_checkpoint(SelfSupervisedMethod(small(**fields, evaluations=[], val_size=0, test_size=0)), "a.ckpt")
     (run,) = evaluate.evaluate_checkpoint("a.ckpt", ["rank_me"], baselines=False, device="cpu")["runs"]
     assert run["scores"]["rank_me"] > 1
     with pytest.raises(ValueError, match="photos has no images for test"):

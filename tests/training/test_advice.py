@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 import torch
-from conftest import LONG, SMALL
-from torch import nn
+from conftest import LONG, SMALL, normalized_encoder
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
@@ -113,15 +112,10 @@ def others(params: ModelParams, name: str) -> list:
     return [value + max(1, value // 3)] if isinstance(value, int) else [0.7 * value + 0.05]
 
 
-class Encoder(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU())
-
-
 def trained(params: ModelParams) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the trained weights after each of STEPS steps of two epochs, on a stand-in for Lightning's Trainer."""
     torch.manual_seed(0)
-    model = SelfSupervisedMethod(params, encoder=Encoder())
+    model = SelfSupervisedMethod(params, encoder=normalized_encoder())
     model._trainer = SimpleNamespace(global_step=0, current_epoch=0, estimated_stepping_batches=STEPS)
     model.log_step = lambda *_: None
     scaling = params.batch_size / params.lr_batch_size if params.lr_scaling else 1.0
@@ -193,7 +187,7 @@ def test_views_that_are_not_compared_with_a_teacher_are_named():
 
 def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_line_each(small, trainer, caplog):
     params = small("byol", lr=0.5, optimizer_name="sgd", lars_eta=0.1, T=0.1, evaluations=[])
-    trainer().fit(SelfSupervisedMethod(params, encoder=Encoder()))
+    trainer().fit(SelfSupervisedMethod(params, encoder=normalized_encoder()))
     lr, unused = [line for line in caplog.messages if line.startswith("warning: ")]
     assert "lr=0.5 with 16 images per step corresponds to lr=8 for 256 images. " in lr and "Try lr=0.031" in lr
     assert "T=0.1, lars_eta=0.1: no effect" in unused and "lars_eta needs optimizer_name=lars" in unused

@@ -12,6 +12,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET
 from torch import nn
 
 from linear_classifier import LinearClassifierMethod
@@ -193,11 +194,8 @@ def fill_the_disk(rank: int, folder: str) -> str:
             if batch_idx == 3:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, limit_train_batches=8, limit_val_batches=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[Checkpoints(folder, every_n_steps=2), Fill()],
-    )  # fmt: skip
+    size = {"max_epochs": 1, "limit_train_batches": 8, "limit_val_batches": 0}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[Checkpoints(folder, every_n_steps=2), Fill()], **size, **QUIET)
     try:
         trainer.fit(SelfSupervisedMethod(params, encoder=tiny()))
     except OSError as error:

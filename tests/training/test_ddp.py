@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchvision
-from conftest import LONG
+from conftest import LONG, QUIET
 from torch import nn
 
 from linear_classifier import LinearClassifierMethod
@@ -85,10 +85,9 @@ class Gradients(pl.Callback):
 
 
 def trainer(world: int, **options) -> pl.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
-    given = {"max_epochs": 1, **quiet, **several, **options}
-    return pl.Trainer(accelerator="cpu", enable_model_summary=False, **given)
+    given = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET, **several, **options}
+    return pl.Trainer(accelerator="cpu", **given)
 
 
 class Batches:

@@ -6,7 +6,7 @@ from pathlib import Path
 import processes
 import pytest
 import pytorch_lightning as pl
-from conftest import LONG, SMALL
+from conftest import LONG, QUIET, SMALL
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
@@ -33,10 +33,10 @@ def long_run(rank: int, preset: str, folder: str) -> list[tuple[int, int]]:
 
     params = PRESETS[preset](**{**SMALL, "evaluations": ["rank_me", "knn"], "lr": 0.01})
     encoder = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     size = {"max_epochs": STEPS // EPOCH, "limit_train_batches": EPOCH, "limit_val_batches": 4, "log_every_n_steps": 10}
+    with_logger = {**QUIET, "logger": CSVLogger(folder)}
     callbacks = [Checkpoints(f"{folder}/run", every_n_steps=20), Measure()]
-    trainer = pl.Trainer(accelerator="cpu", logger=CSVLogger(folder), callbacks=callbacks, **quiet, **size)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, **with_logger, **size)
     trainer.fit(SelfSupervisedMethod(params, encoder=encoder))
     return found
 

@@ -6,7 +6,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import SMALL
+from conftest import QUIET, SMALL, TinyEncoder
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -19,17 +19,15 @@ from self_supervised.training import monitor
 from self_supervised.training.checkpoints import Checkpoints, newest, read_checkpoint
 
 
-class Encoder(nn.Module):
-    """Encoder [N, 1, 8, 8] -> [N, 6]. After its n-th training pass, its output is multiplied by `factor`."""
+class Encoder(TinyEncoder):
+    """After its n-th training pass, its output is multiplied by `factor`."""
 
     def __init__(self, n: int | None = None, factor: float = 1.0):
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
-        self.n, self.factor, self.passes = n, factor, 0
+        self.n, self.factor = n, factor
 
     def forward(self, x):
-        self.passes += self.training
-        return self.net(x) * (self.factor if self.n is not None and self.passes > self.n else 1.0)
+        return super().forward(x) * (self.factor if self.n is not None and self.passes > self.n else 1.0)
 
 
 @pytest.mark.parametrize("preset", ["moco_v2", "vicreg"])
@@ -90,8 +88,7 @@ def test_collapsed_embeddings_are_named_once(small, trainer):
 def spoiled_on_one(rank: int, world: int) -> str:
     params = PRESETS["moco_v2"](**{**SMALL, "evaluations": []})
     model = SelfSupervisedMethod(params, encoder=Encoder(2 if rank == 1 else None, float("inf")))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=world, max_epochs=1, **quiet)
+    trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=world, max_epochs=1, **QUIET)
     try:
         trainer.fit(model)
     except FloatingPointError as error:

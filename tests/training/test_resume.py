@@ -14,7 +14,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import LONG, SMALL
+from conftest import LONG, QUIET, SMALL
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
@@ -120,11 +120,10 @@ def train(rank: int, kind: str, world: int, folder: str, kill_at: int | None) ->
     method, options = build(kind, str(Path(folder).parent))
     killer = Killer(kill_at, rank)
     size = {"max_epochs": 3, "limit_train_batches": 8, "limit_val_batches": 3, "num_sanity_val_steps": 1}
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
     callbacks = [Checkpoints(f"{folder}/run", every_n_steps=2), killer]
     logger = {"logger": Figures(f"{folder}/figures.jsonl"), "log_every_n_steps": 1}
-    trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, **{**logger, **quiet, **size, **several, **options})
+    trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, **{**QUIET, **logger, **size, **several, **options})
     images = torch.randint(256, (128, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     loader = (
         ResumableDataLoader(images, 16, sampler=ResumableSampler(images, 1, 0), num_workers=1)
@@ -207,8 +206,7 @@ def slow_run(rank: int, world: int, folder: str) -> None:
 
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1000, limit_train_batches=8, limit_val_batches=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **several,
+        accelerator="cpu", max_epochs=1000, limit_train_batches=8, limit_val_batches=0, **QUIET, **several,
         callbacks=[Checkpoints(f"{folder}/run", every_n_steps=None), Slowly()],
     )  # fmt: skip
     trainer.fit(build("moco", folder)[0])
@@ -248,9 +246,8 @@ def signalled_outside_training(rank: int, folder: str) -> tuple[int, bool]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGUSR1)
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     callbacks = [Checkpoints(f"{folder}/run"), Signal()]
-    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, max_epochs=9, **quiet)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, max_epochs=9, **QUIET)
     method = build("moco", folder)[0]
     trainer.validate(method, verbose=False)
     restored = signal.getsignal(signal.SIGUSR1) == before
@@ -276,9 +273,8 @@ def other_ways(rank: int, folder: str) -> dict:
             raise KeyError("of the user's own making")
 
     def fit(*callbacks, **options):
-        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         size = {"max_epochs": 1, "limit_train_batches": 9, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-        trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks), **{**quiet, **size, **options})
+        trainer = pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**QUIET, **size, **options})
         trainer.fit(build("byol, accumulated", folder)[0])
         return trainer
 
@@ -328,10 +324,9 @@ class Seen(pl.Callback):
 def epochs(method, folder, end: int, loader=None, callbacks=(), **options):
     """Train up to epoch `end` from the newest checkpoint in the folder. Return the Trainer and what was recorded."""
     size = {"max_epochs": end, "limit_train_batches": 4, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     seen = Seen()
     callbacks = [Checkpoints(folder, every_n_steps=3), seen, *callbacks]
-    fit = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, **{**size, **quiet, **options})
+    fit = pl.Trainer(accelerator="cpu", callbacks=callbacks, **{**size, **QUIET, **options})
     fit.fit(method, loader, ckpt_path=newest(folder))
     return fit, seen.steps
 

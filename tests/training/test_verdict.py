@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import normalized_encoder
 from pytorch_lightning.loggers import CSVLogger
-from torch import nn
 
 from moco import SelfSupervisedMethod
 from self_supervised.data import data_sets
@@ -15,15 +15,10 @@ from self_supervised.safe_files import rows_of
 from self_supervised.training.verdict import Verdict, name_of_start, verdict
 
 
-class Encoder(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU())
-
-
 def fitted(small, trainer, gives_verdict=True, checkpoint=None, **options):
     """Return the method, its Trainer and its verdict."""
     torch.manual_seed(1)
-    model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=Encoder())
+    model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=normalized_encoder())
     model.is_recorded = gives_verdict
     fit = trainer(**{"limit_val_batches": 10, **options})
     fit.fit(model, ckpt_path=checkpoint)
@@ -32,7 +27,7 @@ def fitted(small, trainer, gives_verdict=True, checkpoint=None, **options):
 
 def test_the_start_is_scored_as_by_validation_and_training_does_not_change(small, trainer, caplog):
     torch.manual_seed(1)
-    model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=Encoder())
+    model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=normalized_encoder())
     (before,) = trainer(limit_val_batches=10).validate(model, verbose=False)
     quiet, _, none = fitted(small, trainer, gives_verdict=False)
     drawn = torch.rand(1)
@@ -49,7 +44,8 @@ def test_the_start_is_scored_as_by_validation_and_training_does_not_change(small
 
 def test_the_start_is_logged_as_epoch_0_unless_this_trainer_has_validated(small, trainer, tmp_path):
     for own in (False, True):
-        model, logger = SelfSupervisedMethod(small("simclr"), encoder=Encoder()), CSVLogger(tmp_path / str(own))
+        model = SelfSupervisedMethod(small("simclr"), encoder=normalized_encoder())
+        logger = CSVLogger(tmp_path / str(own))
         fit = trainer(limit_val_batches=10, logger=logger)
         (fit if own else trainer(limit_val_batches=10)).validate(model, verbose=False)
         fit.fit(model)
