@@ -52,7 +52,7 @@ def test_training_is_the_same(preset, more, trainer):
 
 def test_training_in_bfloat16(trainer):
     """Converted weights are otherwise shared by all passes of a step, except those that are made again later."""
-    method = SelfSupervisedMethod("byol", **SETTINGS, encoder_arch="resnet18", activation_checkpointing=True)
+    method = SelfSupervisedMethod("byol", **SETTINGS, encoder_arch="shufflenet_v2_x0_5", activation_checkpointing=True)
     fit = trainer(max_steps=2, limit_val_batches=0, precision="bf16-mixed")
     fit.fit(method)
     assert fit.global_step == 2
@@ -76,7 +76,7 @@ def saved_megabytes(model: torch.nn.Module, x: torch.Tensor) -> tuple[float, dic
 
 def test_less_than_half_of_the_activations_of_a_resnet_are_kept():
     torch.manual_seed(0)
-    plain, x = torchvision.models.resnet50(num_classes=8).double(), torch.randn(4, 3, 64, 64, dtype=torch.double)
+    plain, x = torchvision.models.resnet50(num_classes=8).double(), torch.randn(4, 3, 32, 32, dtype=torch.double)
     recomputed = copy.deepcopy(plain)
     recompute_activations(recomputed)
     recomputed = copy.deepcopy(recomputed)  # the blocks of a copy are its own
