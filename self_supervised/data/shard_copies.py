@@ -41,7 +41,7 @@ AT_ONCE = 3  # requests of a download at the same time
 HEADERS = 2**16  # bytes of a request for a header
 COMPARED_EVERY = 600  # seconds between looks at whether a shard that has no copy is still the same
 LARGE = 2**20  # bytes: if a shard has only a sample in so many, its headers are read alone
-compared: dict[str, float] = {}  # place -> when this process last found the shard unchanged
+last_compared: dict[str, float] = {}  # place -> when this process last found the shard unchanged
 
 
 # ---- copies ----
@@ -121,7 +121,7 @@ def download(place: str, signature: Signature, keep: Collection[Path] = ()) -> N
                 list(pool.map(write, range(0, size, PIECE)))
             finally:
                 pool.shutdown(cancel_futures=True)
-        refuse_replaced(place, signature)
+        refuse_another_shard(place, signature)
 
 
 def make_room(size: int, keep: Collection[Path]) -> None:
@@ -141,13 +141,13 @@ def make_room(size: int, keep: Collection[Path]) -> None:
             excess -= n
 
 
-def refuse_replaced(place: str, signature: Signature) -> None:
+def refuse_another_shard(place: str, signature: Signature) -> None:
     """Raise UnreachableShard if there is another shard at the URL than the one that was indexed."""
     url = url_of(place)
     file_system(url).invalidate_cache()
     if signature_of(place) != signature:
         raise UnreachableShard(f"{url} has changed since it was indexed. Start again to have it indexed anew.")
-    compared[place] = time.monotonic()
+    last_compared[place] = time.monotonic()
 
 
 def read_remote(place: str, signature: Signature, start: int, size: int) -> bytes:
@@ -160,8 +160,8 @@ def read_remote(place: str, signature: Signature, start: int, size: int) -> byte
         with suppress(OSError):  # a copy of another user, or on a disk that is read-only
             os.utime(file.fileno())
         return os.pread(file.fileno(), size, start)
-    if time.monotonic() > compared.get(place, -math.inf) + COMPARED_EVERY:
-        refuse_replaced(place, signature)
+    if time.monotonic() > last_compared.get(place, -math.inf) + COMPARED_EVERY:
+        refuse_another_shard(place, signature)
     return part_of(url_of(place), start, start + size)
 
 

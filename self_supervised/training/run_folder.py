@@ -350,18 +350,18 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         kept.replace(path)
     if first_step > 0 and path.is_file():
         header, rows = rows_of(path)
-        write_rows(kept, header, rows_to_keep(rows, first_step, first_epoch(out) == 1))
+        write_metrics(kept, header, rows_to_keep(rows, first_step, first_epoch(out) == 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*logs directory .* exists")
         experiment = logger.experiment
     if header:
         kept.replace(path)
         experiment.metrics_keys = header
-    experiment._rewrite_with_new_header = partial(write_rows, path)
+    experiment._rewrite_with_new_header = partial(write_metrics, path)
     return logger
 
 
-def write_rows(path: Path, header: list[str], rows: list[dict[str, str]] | None = None) -> None:
+def write_metrics(path: Path, header: list[str], rows: list[dict[str, str]] | None = None) -> None:
     """Write a CSV file atomically. Without `rows`, those that it has get the columns of `header`."""
     rows = rows_of(path)[1] if rows is None else rows
     with atomic_file(path) as unfinished, unfinished.open("w", newline="") as file:

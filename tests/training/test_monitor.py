@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 import torch
 from conftest import QUIET, SMALL, TinyEncoder
 from pytorch_lightning.loggers import CSVLogger
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from linear_classifier import LinearClassifierMethod
