@@ -27,7 +27,7 @@ from self_supervised.report import figures as report_figures
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
 RUN = (
-    "moco_v2 --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --batch_size 64 --dim 16 --mlp_hidden_dim 32 "
+    "moco_v2 --dataset_name digits --encoder_arch small_cnn --batch_size 64 --dim 16 --mlp_hidden_dim 32 "
     "--K 64 --lr 0.1 --max_epochs 2 --limit_train_batches 3 --log_every_n_steps 1 --seed 3 --use_momentum_schedule "
     "true --linear_epochs 1 --linear_lr 0.1 --out {out}"
 )
