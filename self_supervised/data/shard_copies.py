@@ -144,6 +144,7 @@ def make_room(size: int, keep: Collection[Path]) -> None:
 def refuse_another_shard(place: str, signature: Signature) -> None:
     """Raise UnreachableShard if there is another shard at the URL than the one that was indexed."""
     url = url_of(place)
+    last_compared.pop(place, None)  # whoever reads a replaced shard next is refused, too
     file_system(url).invalidate_cache()
     if signature_of(place) != signature:
         raise UnreachableShard(f"{url} has changed since it was indexed. Start again to have it indexed anew.")

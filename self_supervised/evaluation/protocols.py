@@ -38,10 +38,12 @@ def score_stages(data: EvaluationData, seed: int, score: Callable[..., Scores]) 
 
 
 def score_classes(data: EvaluationData, seed: int) -> Scores:
-    """Return the accuracy of `linear` on each class, by the name of the class, or by its number if it has no name."""
-    _, names = count_classes(data.params)
+    """Return the accuracy of `linear` on each class, by the class's name, or by its number if it has no name of its
+    own."""
+    shown = [in_one_line(name) for name in count_classes(data.params)[1] or []]
+    names = {number: name for number, name in enumerate(shown) if shown.count(name) == 1}
     accuracies = probes.linear_classes(*data.sets, seed=seed)
-    return {f"{in_one_line(names[number]) if names else number}_acc1": acc1 for number, acc1 in accuracies.items()}
+    return {f"{names.get(number, number)}_acc1": acc1 for number, acc1 in accuracies.items()}
 
 
 def linear_settings_of(data: EvaluationData, seed: int, preset: str) -> LinearClassifierMethodParams:

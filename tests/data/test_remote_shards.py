@@ -176,10 +176,11 @@ def test_a_shard_that_was_replaced_is_not_read_by_the_old_index(server, shards, 
     images = data_sets.get_dataset(params(server.url), ("train",))
     assert images[0][1] == data_sets.get_dataset(params(shards), ("train",))[0][1]
     server.etag = "2"
-    images[1]
-    monkeypatch.setattr(shard_copies, "COMPARED_EVERY", 0)
-    with pytest.raises(shard_urls.UnreachableShard, match="has changed since it was indexed. Start again"):
-        images[2]
+    images[1]  # the shard was compared a moment ago
+    for every in (0, 600):
+        monkeypatch.setattr(shard_copies, "COMPARED_EVERY", every)
+        with pytest.raises(shard_urls.UnreachableShard, match="has changed since it was indexed. Start again"):
+            images[2]
 
 
 def test_a_full_disk_leaves_requests_of_parts(server, shards, monkeypatch):

@@ -65,11 +65,11 @@ def test_accuracies_of_classes_have_the_names_of_the_classes(checkpoint, monkeyp
     images_of = torch.from_numpy(data_sets.get_dataset(load_encoder(checkpoint).params, ("test",)).labels).bincount()
     mean = sum(acc1 * int(n) for acc1, n in zip(of_class.values(), images_of, strict=True)) / int(images_of.sum())
     assert mean == pytest.approx(found["linear", "trained", 0]["acc1"])
-    monkeypatch.setattr(protocols, "count_classes", lambda params: (10, None))
-    again = evaluate_checkpoint(checkpoint, ["linear_classes"], baselines=False, fresh=True)
-    assert scores(again)["linear_classes", "trained", 0] == {
-        f"{i}_acc1": acc1 for i, acc1 in enumerate(of_class.values())
-    }
+    for no_names in (None, ["a\nb", "a b"] * 5):
+        monkeypatch.setattr(protocols, "count_classes", lambda params, names=no_names: (10, names))
+        again = evaluate_checkpoint(checkpoint, ["linear_classes"], baselines=False, fresh=True)
+        numbered = {f"{i}_acc1": acc1 for i, acc1 in enumerate(of_class.values())}
+        assert scores(again)["linear_classes", "trained", 0] == numbered
 
 
 def test_results_are_next_to_the_checkpoint_and_reproducible(checkpoint, tmp_path):

@@ -424,6 +424,15 @@ def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
     assert files() == before
 
 
+def test_a_run_without_a_checkpoint_may_have_another_optimizer(run, monkeypatch, tmp_path):
+    out = tmp_path / "stopped"
+    out.mkdir()
+    shutil.copy(run / "config.yaml", out)
+    short = "--resume auto --max_epochs 1 --limit_train_batches 1 --linear_epochs 0"
+    main(f"{RUN.format(out=out)} {short} --optimizer_name adamw --lr 0.001", monkeypatch)
+    assert run_folder.settings_of_run(out)["optimizer_name"] == "adamw"
+
+
 def test_a_training_that_max_time_has_ended_is_complete(trainer):
     state = {"callbacks": {"Timer": {"time_elapsed": {"train": 61.0}}}}
     assert resuming.has_ended(state, trainer(max_epochs=9, max_time="00:00:01:00"))
