@@ -71,5 +71,5 @@ def test_there_are_notebooks():
 def test_stored_lists_are_those_of_the_code():
     texts = {path.stem: path.read_text() for path in NOTEBOOKS}
     assert f'"{" ".join(recipes.KINDS["digits"].rows)}\\n"' in texts["quick_start"]
-    assert all(f"- **{name}**: " in texts["evaluate_and_export"] for name in PROTOCOLS)
+    assert all(f'"- **{name}**: {row.definition}' in texts["evaluate_and_export"] for name, row in PROTOCOLS.items())
     assert all(f"'{name}': " in texts["evaluate_and_export"] for name in FACTS)
