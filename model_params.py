@@ -34,6 +34,7 @@ from self_supervised.fields import (
     Preset,
     Presets,
     WholePerView,
+    as_path,
     check_parameter_options,
     check_types,
     choice,
@@ -177,7 +178,7 @@ def class_to_idx_entries(value: Any) -> Any:
     value = [value] if isinstance(value, str | Path) else value
     if isinstance(value, list | tuple) and len(value) == 1 and not re.search(r"=-?\d+$", str(value[0])):
         try:
-            file = Path(str(value[0])).expanduser()
+            file = as_path(str(value[0]))
             if not file.is_file():  # reading a device or a pipe may never end
                 raise OSError("it is not a regular file")
             value = json.loads(file.read_text())

@@ -204,11 +204,17 @@ def finished_runs(results: Path) -> list[dict[str, str]]:
     """Return the rows of results.csv, without incomplete ones, which a power failure may leave.
 
     Rows of earlier versions have other columns. They are kept, but no experiment of this version has them.
+
+    Raises:
+        ValueError: another program wrote the file.
     """
     if not results.exists():
         return []
     with results.open() as file:
-        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+        reader = csv.DictReader(file)
+        if not {"config", "seed"} <= set(reader.fieldnames or ("config", "seed")):
+            raise ValueError(f"{results} was not written by train_blog.py. Move it away, or choose another --out.")
+        rows = [row for row in reader if None not in row and None not in row.values()]
     return [{column: row.get(column, "") for column in ROW_COLUMNS} for row in rows]
 
 
@@ -328,7 +334,8 @@ def results_table(rows: list[dict]) -> str:
     return markdown_table([*header, "seeds"], table) + "\n"
 
 
-def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None:
+def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> bool:
+    """Draw the cosines of all runs. Return whether there is one that was trained."""
     runs: dict[str, Any] = {}
     for row in rows:
         if row["config"] != UNTRAINED:
@@ -336,6 +343,7 @@ def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None
     in_order = {name: runs[name] for name in CONFIGS if name in runs}
     if in_order:
         curves.draw_curves(in_order, file, ["step_pos_cos", "step_neg_cos"], figsize=(14, 5), sharey=True)
+    return bool(in_order)
 
 
 @one_line_errors()
@@ -366,8 +374,8 @@ def run_experiments(args: argparse.Namespace) -> None:
     about = f"{about}, linear probe on half of the test set" + (f"; {args.changes}" if args.changes else "")
     markdown = f"{about}\n\n{results_table(rows)}"
     atomic_write(args.out / "results.md", markdown)
-    draw_cosines(rows, args, args.out / "cosines.png")
-    print(f"\n{markdown}\nin {args.out}: results.csv, results.md, cosines.png")
+    picture = ", cosines.png" if draw_cosines(rows, args, args.out / "cosines.png") else ""
+    print(f"\n{markdown}\nin {args.out}: results.csv, results.md{picture}")
 
 
 if __name__ == "__main__":

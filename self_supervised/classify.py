@@ -67,8 +67,8 @@ def classify(
     Raises:
         ValueError: there are no images, or fewer than two classes; `checkpoint` holds no classifier.
     """
-    out = Path(out).expanduser()
-    saved = Path(classifier).expanduser() if classifier else out.with_name(f"{out.stem}.classifier.pt")
+    out = as_path(out)
+    saved = as_path(classifier) if classifier else out.with_name(f"{out.stem}.classifier.pt")
     read_files = [] if isinstance(checkpoint, Encoder) else [checkpoint_of(checkpoint)]
     check_file("out", out, ".csv", read=read_files)
     check_file("classifier", saved, read=read_files)
@@ -141,10 +141,10 @@ def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any
     """Return the source of the labeled images. The label of an image file is its first directory below `labeled`, or
     the one in a list (docs/own_data.md)."""
     kind = encoder.params.dataset.kind
-    is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
+    is_folder = kind == "image" and as_path(labeled).is_dir()
     if is_folder and not is_stored(str(labeled)):
         columns = {name: value for name, value in columns.items() if name == "labels_from"}
-    if kind == "image" and Path(labeled).expanduser().is_file() and not is_stored(str(labeled)):
+    if kind == "image" and as_path(labeled).is_file() and not is_stored(str(labeled)):
         raise ValueError(
             f"labeled={str(labeled)!r} is a file. Pass its directory, with the images of each class in a directory of "
             "its name, or with lines PATH,CLASS in a train.txt."

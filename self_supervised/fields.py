@@ -126,8 +126,9 @@ def path() -> Any:
 
 
 def as_path(given: str | Path) -> Path:
-    """Return a path in which `~` is replaced by the home directory (a shell does not replace it after `=`)."""
-    return Path(given).expanduser()
+    """Return a path in which `~` is replaced by the home directory (a shell does not replace it after `=`). A name like
+    `~nobody`, of no user, stays."""
+    return Path(os.path.expanduser(given))
 
 
 def expanded(value: Any) -> Any:

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from self_supervised.fields import as_path
+
 LOCK_FILE = ".lock"
 POLL = 0.05  # seconds between attempts
 held: set[Path] = set()  # lock files held by this process, or by the process from which it was forked
@@ -34,7 +36,7 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock. The message names it.
     """
-    path = Path(folder).expanduser().resolve() / LOCK_FILE
+    path = as_path(folder).resolve() / LOCK_FILE
     if path in held:
         yield
         return

@@ -21,7 +21,7 @@ LOST_WORKER = "DataLoader worker"  # likewise
 # likewise, for a process of the training that is gone: of gloo, of NCCL, and of the store at which processes meet
 LOST_PROCESS = ("by peer", "Broken pipe", "Timed out waiting", "ncclRemoteError", "failed to recv, got 0 bytes")
 SHOW_STACK = "SELF_SUPERVISED_TRACEBACK"  # environment variable
-INTERRUPTED = 128 + signal.SIGINT  # exit status
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit status
 LIGHTNING = ("pytorch_lightning", "lightning_fabric")  # names of its loggers
 # parts of messages that say nothing about the run; log.txt keeps them
 NOISE = (

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from self_supervised.fields import as_path
+
 UNFINISHED = ".unfinished"  # extension of temporary files
 HOST = socket.gethostname().replace(".", "_")
 DAY = 86400  # seconds after which a temporary file of another machine counts as abandoned
@@ -35,7 +37,7 @@ def local_path(name: str, given: str | Path) -> Path:
     """
     if str(given).split("/")[0].endswith(":"):
         raise ValueError(f"{name}={given}: files are not written to URLs. Pass a path that is local or mounted.")
-    return Path(given).expanduser()
+    return as_path(given)
 
 
 def check_folder(name: str, folder: str | Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from self_supervised.fields import as_path
+
 EXPORTED = "self_supervised"  # key under which our exported weights store their settings
 # What other systems store next to the tensors, for their own programs. Nothing of these names is imported or called.
 STAND_INS = (
@@ -60,7 +62,7 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
     """
     if str(path).split("/")[0].endswith(":"):
         raise ValueError(f"{path} is a URL, and only local files are read. Copy it to a local path first.")
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size == 0:

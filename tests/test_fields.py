@@ -13,7 +13,7 @@ import model_params
 from linear_classifier import LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, BYOLParams, MoCoV2Params, ModelParams, SCEParams, SimCLRParams, SimSiamParams
-from self_supervised.fields import Preset, suggestion
+from self_supervised.fields import Preset, as_path, suggestion
 from self_supervised.recipes import recipe, tried_with
 from self_supervised.training.hyperparameters import resolve
 
@@ -143,3 +143,8 @@ def test_a_method_takes_a_preset_and_its_name(method, names):
             method(wrong)
     with pytest.raises(KeyError, match="unknown preset"):
         method("mae")
+
+
+def test_a_tilde_of_no_user_stays(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(as_path("~/a")) == "/home/me/a" and str(as_path("~nobody_of_this_name/a")) == "~nobody_of_this_name/a"

@@ -36,6 +36,7 @@ from self_supervised.data.foreign_paths import ForeignPath, refuse_foreign
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.shard_names import is_pattern, shards_are_there
 from self_supervised.data.tar_shards import TarShards
+from self_supervised.fields import as_path
 from self_supervised.folder_lock import locked
 from self_supervised.safe_files import local_path
 
@@ -214,7 +215,7 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
         ValueError: a setting does not apply to this kind of source.
     """
     p = params
-    folder = Path(root).expanduser()
+    folder = as_path(root)
     if arrow.arrow_is_there(folder):
         if p.include_patterns or p.exclude_patterns:
             raise ValueError(
@@ -237,7 +238,7 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
 
 def is_stored(root: str) -> bool:
     """Return whether the images are in shards or Arrow files, instead of in one file each."""
-    folder = Path(root).expanduser()
+    folder = as_path(root)
     return arrow.arrow_is_there(folder) or is_pattern(root) or shards_are_there(folder)
 
 

@@ -22,6 +22,7 @@ import yaml
 from model_params import EARLIER_DEFAULTS
 from self_supervised.data.file_search import data_path
 from self_supervised.data.folders import listed_in
+from self_supervised.fields import as_path
 from self_supervised.safe_files import file_hash
 
 PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path")
@@ -59,7 +60,7 @@ def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[s
     lists = marked.get("splits_path")
     own = kept_lists(run)
     are_own = own and lists and Path(lists).name == "splits"  # another run may have taken the place of a moved run
-    if lists is not None and (are_own or isinstance(lists, ForeignPath) or not Path(lists).expanduser().is_dir()):
+    if lists is not None and (are_own or isinstance(lists, ForeignPath) or not as_path(lists).is_dir()):
         marked["splits_path"] = own or ForeignPath(lists)
     classes = () if "class_to_idx" in given else settings.get("class_to_idx") or ()
     if not all(re.search(r"=-?\d+$", str(entry)) for entry in classes):
@@ -87,7 +88,7 @@ def refuse_changed(source: str, known_hash: str | None) -> None:
 
 def run_of(checkpoint: str | Path) -> Path:
     """Return the directory of the run to which a checkpoint belongs."""
-    folder = Path(checkpoint).expanduser().resolve().parent
+    folder = as_path(checkpoint).resolve().parent
     run = folder.parent.parent
     return run if folder.name == "checkpoints" and (kept_lists(run) or config_of(run)) else folder
 

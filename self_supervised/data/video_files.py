@@ -24,6 +24,7 @@ from self_supervised.data.files import LabeledFiles, Sample, class_numbers_of_sp
 from self_supervised.data.folders import list_text
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.data.image_files import CENTRAL, Box, draw_box, resized
+from self_supervised.fields import as_path
 from self_supervised.numerics import generator
 from self_supervised.views.tensor_ops import LUMA
 
@@ -216,7 +217,7 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[ViewSetti
     if videos_are_there(train) and path.is_file() != list_file(train).is_file():
         check_that_unlabeled(path if path.is_file() else list_file(train), of_frames)
     refuse_foreign("video_path_prefix", params.video_path_prefix)
-    prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
+    prefix = folder if params.video_path_prefix is None else as_path(params.video_path_prefix)
     if path.is_file():
         videos = numbered_videos(path, prefix, of_frames)
         tell(path, len(videos), "videos", PassedOver())

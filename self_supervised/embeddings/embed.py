@@ -67,7 +67,7 @@ def embed(
     Raises:
         ValueError: there are no images; an image cannot be read; `out` has features of another checkpoint or directory.
     """
-    out = Path(out).expanduser()
+    out = as_path(out)
     check_file("out", out, ".parquet")
     device = usable_device(device)
     overrides, columns, patterns = parted(overrides)

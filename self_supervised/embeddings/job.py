@@ -1,8 +1,7 @@
 """Resumable embedding job: embeddings are written to disk in parts and joined at the end."""
 
-import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from self_supervised.folder_lock import locked
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import finite
 from self_supervised.runs.command_line import bar
+from self_supervised.safe_files import UNFINISHED
 
 SECONDS_OF_PART = 30  # after that time a part is written, even if it has few rows
 # metadata that must agree for all rows of a file
@@ -54,9 +54,11 @@ class EmbeddingJob:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if not self.parts():
-            shutil.rmtree(self.folder, ignore_errors=True)  # over NFS, the open lock file stays
+        for leftover in self.folder.glob(f".*{UNFINISHED}"):  # of a killed process, since this one has the lock
+            leftover.unlink()
         self.lock.close()
+        with suppress(OSError):  # it has parts, or files of others
+            self.folder.rmdir()
 
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob("*.parquet"))
@@ -78,6 +80,9 @@ class EmbeddingJob:
                 done.update(there)
             else:
                 part.unlink()  # to be overwritten, of other settings, or joined by a run that was killed right after
+        if self.overwrite and done:
+            kept = f"{len(done):,} embeddings of an interrupted --overwrite are kept"
+            print(f"{kept}. To replace them, delete {self.folder}")
         if not skip_unreadable:  # try the unreadable images again
             self.unreadable = {}
         self.unreadable = {

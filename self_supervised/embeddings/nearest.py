@@ -101,7 +101,7 @@ class Query:
 def find_queries(features: str | Path, images: list[str], source: ImageSource, checkpoint: str | None) -> list[Query]:
     """Return a query for each image: the row of that file or, if there is no such file, the row with that path; or else
     the embedded file."""
-    files = {image: Path(image).expanduser() for image in images}
+    files = {image: as_path(image) for image in images}
     candidates = {
         image: [*([] if file.is_file() else [image]), *source.paths_of(file)] for image, file in files.items()
     }
@@ -144,7 +144,7 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
         )
     embedded = {}
     for file in files:
-        path = Path(file).expanduser()
+        path = as_path(file)
         try:
             prepared = Batches(Folder(path.parent), encoder.params).prepared(path.name)
         except Exception as error:  # readers raise many kinds on corrupt files

@@ -4,6 +4,7 @@ can be read in pieces."""
 from __future__ import annotations  # the annotations name pyarrow, which may be missing
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import or_
@@ -33,6 +34,11 @@ ROWS = 4096  # rows per row group: the rows that are in memory at a time
 ABOUT = b"self_supervised"  # key of the file's metadata, a JSON object
 
 
+def for_pyarrow(path: str | Path) -> str:
+    """Return a path as pyarrow takes it: absolute, because it reads `run:1.parquet` as a URL."""
+    return os.path.abspath(as_path(path))
+
+
 # ---- writing ----
 
 
@@ -43,7 +49,7 @@ def schema(width: int, about: dict[str, Any]) -> pa.Schema:
 
 def write_table(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
     """Write each table as one row group."""
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, use_dictionary=["label"]) as writer:
+    with atomic_file(path) as file, pq.ParquetWriter(for_pyarrow(file), schema, use_dictionary=["label"]) as writer:
         for table in tables:
             writer.write_table(table.combine_chunks(), row_group_size=max(len(table), 1))
 
@@ -59,8 +65,8 @@ def write_part(path: Path, paths: list[str], embeddings: np.ndarray, about: dict
 
 def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None], about: dict[str, Any]) -> None:
     """Write the rows of the sorted paths, each of which is in one of the parts, to one file."""
-    target = schema(pq.read_schema(parts[0]).field("embedding").type.list_size, about)
-    rows = ds.dataset([str(part) for part in parts], schema=target)
+    target = schema(pq.read_schema(for_pyarrow(parts[0])).field("embedding").type.list_size, about)
+    rows = ds.dataset([for_pyarrow(part) for part in parts], schema=target)
 
     def tables() -> Iterator[pa.Table]:
         for start in range(0, len(paths), ROWS):
@@ -76,7 +82,7 @@ def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None
 
 def write_clusters(features: Path, out: Path, clusters_of: Callable[[np.ndarray], np.ndarray]) -> None:
     """Write a copy of a file with a column `cluster` (int32), which `clusters_of` returns for embeddings [n, E]."""
-    with pq.ParquetFile(features) as file:
+    with pq.ParquetFile(for_pyarrow(features)) as file:
         names = [name for name in file.schema_arrow.names if name != "cluster"]
         target = pa.schema([file.schema_arrow.field(name) for name in names], file.schema_arrow.metadata)
         target = target.append(pa.field("cluster", pa.int32()))
@@ -103,7 +109,7 @@ def facts_of_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        facts = (pq.read_schema(path).metadata or {}).get(ABOUT)
+        facts = (pq.read_schema(for_pyarrow(path)).metadata or {}).get(ABOUT)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file, or is corrupt: {error}") from error
     if facts is None:
@@ -120,30 +126,30 @@ def matrix(embeddings: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def pieces(path: str | Path) -> Iterator[tuple[list[str], np.ndarray, list[str | None]]]:
     """Yield (paths, embeddings [n, E], labels) of at most ROWS rows at a time, in the order of the file."""
-    facts_of_file(path := as_path(path))
-    with pq.ParquetFile(path) as file:
+    facts_of_file(path)
+    with pq.ParquetFile(for_pyarrow(path)) as file:
         for batch in file.iter_batches(ROWS):
             yield batch["path"].to_pylist(), matrix(batch["embedding"]), batch["label"].to_pylist()
 
 
 def read_embeddings(path: str | Path) -> tuple[list[str], np.ndarray, list[str | None]]:
     """Return (paths, embeddings float32 [N, E], labels) of all rows."""
-    facts_of_file(path := as_path(path))
-    table = pq.read_table(path)
+    facts_of_file(path)
+    table = pq.read_table(for_pyarrow(path))
     return table["path"].to_pylist(), matrix(table["embedding"]), table["label"].to_pylist()
 
 
 def count_rows(path: str | Path) -> int:
-    return pq.read_metadata(path).num_rows
+    return pq.read_metadata(for_pyarrow(path)).num_rows
 
 
 def paths_in(path: str | Path) -> list[str]:
-    return pq.read_table(path, columns=["path"])["path"].to_pylist()
+    return pq.read_table(for_pyarrow(path), columns=["path"])["path"].to_pylist()
 
 
 def rows_of_ids(path: str | Path, ids: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
     """Return path -> (embedding [E], label) for those of the paths that have a row."""
     one_of = reduce(or_, (pc.field("path") == name for name in ids), pc.scalar(False))
-    table = ds.dataset(str(path)).to_table(filter=one_of)
+    table = ds.dataset(for_pyarrow(path)).to_table(filter=one_of)
     rows = zip(matrix(table["embedding"]), table["label"].to_pylist(), strict=True)
     return dict(zip(table["path"].to_pylist(), rows, strict=True))

@@ -32,6 +32,7 @@ from self_supervised.data.folders import ImageList, of_folder
 from self_supervised.data.image_files import has_equal_pages, in_mode, jpeg_size, read_any, read_image, read_reduced
 from self_supervised.data.packed import PackedImages
 from self_supervised.data.shard_urls import UnreachableShard
+from self_supervised.fields import as_path
 
 SHARD_OR_SPLIT = re.compile(r".*\.tar(?=/)|.*(?=/)|", re.IGNORECASE)  # start of a path in a `Stored`
 
@@ -298,7 +299,7 @@ def open_source(
     Raises:
         ValueError: it is none of these.
     """
-    folder = Path(name).expanduser()
+    folder = as_path(name)
     if folder.is_dir() and kind == "video":
         return Folder(folder, kind, columns)
     if kind == "video":

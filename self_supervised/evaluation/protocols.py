@@ -9,6 +9,7 @@ import attrs
 import pytorch_lightning as pl
 from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.progress import track
 
 from linear_classifier import LinearClassifierMethod
@@ -22,6 +23,7 @@ from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEW
 from self_supervised.linear_params import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethodParams
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import Scores
+from self_supervised.program import TERMINATED, end
 
 # ---- protocols that are not one function of features ----
 
@@ -80,6 +82,8 @@ def train_and_score(data: EvaluationData, seed: int, preset: str) -> Scores:
     )
     try:
         trainer.fit(method)
+    except SIGTERMException:  # with status 0, as after a training that was saved
+        end("stopped by SIGTERM", TERMINATED)
     except FloatingPointError as error:
         print(f"{preset}: {error}")
         return {"acc1": float("nan"), "acc5": float("nan")}

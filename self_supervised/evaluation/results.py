@@ -56,7 +56,8 @@ class Results:
     def clear(self) -> None:
         """Delete earlier results."""
         with locked(self.folder, wait=WAIT_FOR_RESULTS):
-            self.path.unlink(missing_ok=True)
+            for file in (self.path, self.folder / "results.md"):
+                file.unlink(missing_ok=True)
 
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)

@@ -26,6 +26,7 @@ from self_supervised.evaluation.classifier import classifier_of
 from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, RUN_CLASSIFIER, Classifying, Normalized
 from self_supervised.exports.verify import sample_images, verified
+from self_supervised.fields import as_path
 from self_supervised.networks.frozen_encoder import ENCODER_FACTS, Encoder
 from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.networks.pretrained import load_encoder
@@ -79,9 +80,9 @@ def targets(
     before any work."""
     for name in formats:
         check_format(name, normalize)
-    source = Path(checkpoint).expanduser()
+    source = as_path(checkpoint)
     is_folder = out is None or str(out).endswith("/")
-    out = None if out is None else Path(out).expanduser()
+    out = None if out is None else as_path(out)
     if not is_folder and out.suffix and not out.suffix[1:].isdigit() and not out.is_dir():  # digits: exports/v1.2
         if len(formats) > 1:
             raise ValueError(f"out={str(out)!r} is a file, but there are {len(formats)} formats. Pass a directory.")

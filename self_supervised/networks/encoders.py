@@ -14,6 +14,7 @@ from torch import nn
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNNS, video_models
 from self_supervised.convolutions import PointConv2d, exchange_convolutions
+from self_supervised.fields import as_path
 from self_supervised.networks import builders, layouts, modules
 from self_supervised.networks.output_sizes import measured_width, pool_cells
 from self_supervised.networks.recomputation import recompute_activations
@@ -179,7 +180,7 @@ def file_of_weights(params: EncoderAndDataParams) -> Path | None:
     encoder_weights is None or a name."""
     if params.encoder_weights is None:
         return None
-    file = Path(layouts.checkpoint_of(params.encoder_weights)).expanduser()
+    file = as_path(layouts.checkpoint_of(params.encoder_weights))
     return file if os.path.isfile(file) else None  # Path.is_file raises OSError if the name is too long
 
 

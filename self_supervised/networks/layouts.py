@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
-from self_supervised.fields import first_of
+from self_supervised.fields import as_path, first_of
 from self_supervised.networks.builders import adapted_to_channels
 from self_supervised.networks.modules import plain_name
 from self_supervised.numerics import not_finite
@@ -123,7 +123,7 @@ def checkpoint_of(path_or_name: str | Path) -> str | Path:
     Raises:
         FileNotFoundError: the run has no pretrained.ckpt yet.
     """
-    folder = Path(path_or_name).expanduser()
+    folder = as_path(path_or_name)
     if os.path.isfile(folder / "pretrained.ckpt"):  # Path.is_file raises OSError if the name is too long
         return folder / "pretrained.ckpt"
     if os.path.isdir(folder / "checkpoints") and (checkpoint := lightning_checkpoint(folder)):

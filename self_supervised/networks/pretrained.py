@@ -10,6 +10,7 @@ from torch import nn
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data.foreign_paths import vetted, vetted_start
+from self_supervised.fields import as_path
 from self_supervised.networks import architectures, encoders, layouts, modules
 from self_supervised.networks.frozen_encoder import MEAN_AND_STD, SHARED_FIELDS, Encoder, Report, with_overrides
 from self_supervised.networks.published import is_published, of_videos, published
@@ -48,7 +49,7 @@ def load_encoder(
         if lagging:
             raise ValueError(f"lagging=True: {name} has no lagging encoder. Leave it out.")
         return published(name, overrides)
-    weights = layouts.read_weights(Path(name).expanduser(), lagging)
+    weights = layouts.read_weights(as_path(name), lagging)
     if encoder is not None:
         overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": catalogue.OWN_MODULE}
     settings, assumed = settings_of(weights, overrides)

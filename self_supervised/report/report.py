@@ -17,6 +17,7 @@ from torch import nn
 
 from self_supervised.data.file_search import in_one_line
 from self_supervised.embeddings.map_page import in_script
+from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.report import compare, evaluations, figures, pictures, tables
 from self_supervised.runs.command_line import parser_of
@@ -40,12 +41,12 @@ def write_report(
     Raises:
         ValueError: a directory is not that of a run, or there are too many runs.
     """
-    folders = [Path(run).expanduser() for run in runs]
+    folders = [as_path(run) for run in runs]
     if not 1 <= len(folders) <= MOST_RUNS:
         raise ValueError(f"{len(folders)} runs: a report shows 1 to {MOST_RUNS} runs. Write multiple reports.")
     if images < 0:
         raise ValueError(f"images={images} must be at least 0")
-    out = Path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html")).expanduser()
+    out = as_path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     check_file("out", out, ".html")
     data = content(folders, images, encoder)
     template = Path(__file__).with_name("report.html")

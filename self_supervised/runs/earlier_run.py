@@ -17,6 +17,7 @@ from self_supervised import distributed
 from self_supervised.data import custom, data_sets
 from self_supervised.data.folders import listed_in, settings_of_lists
 from self_supervised.data.foreign_paths import config_of, kept_lists, run_of
+from self_supervised.fields import as_path
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import remove
 from self_supervised.training import checkpoints, hyperparameters, resuming
@@ -175,7 +176,7 @@ def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> Mo
     candidates = [lists, kept_lists(run)]
     if lists and Path(lists).name == "splits":  # those of the run itself, whose old place another run may have taken
         candidates.reverse()
-    existing = (lists for lists in candidates if lists and Path(lists).expanduser().is_dir())
+    existing = (lists for lists in candidates if lists and as_path(lists).is_dir())
     return attrs.evolve(params, splits_path=next(existing, params.splits_path))
 
 

@@ -547,6 +547,15 @@ def test_overwriting_resumes_only_what_was_overwriting(photos, tmp_path, monkeyp
             bad.write_bytes(good)
 
 
+def test_a_name_with_a_colon_is_no_url_and_files_of_others_stay(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = tmp_path / "run:1.parquet.parts" / "notes.txt"
+    others.parent.mkdir()
+    others.write_text("mine")
+    out = embed.embed(tiny(), photos, "run:1.parquet", **OPTIONS)
+    assert others.read_text() == "mine" and len(parquet.read_embeddings(out)[0]) == parquet.count_rows(out) > 0
+
+
 def embed_and_measure(folder: Path) -> None:
     """Embed, and write the peak memory of the process in kB to a file."""
     job.ROWS = parquet.ROWS = 64

@@ -12,6 +12,7 @@ from attrs import evolve
 from conftest import QUIET, SMALL
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams
@@ -281,6 +282,16 @@ def test_protocols_that_train(checkpoint, name):
     found = scores(evaluate_checkpoint(checkpoint, [name], **options))[name, "trained", 0]
     assert 0 <= found["acc1"] <= found["acc5"] <= 100 and found["acc5"] > 10
     assert scores(evaluate_checkpoint(checkpoint, [name], fresh=True, **options))[name, "trained", 0] == found
+
+
+def test_a_training_that_sigterm_ends_is_no_success(checkpoint, monkeypatch):
+    def terminated(*_):
+        raise SIGTERMException
+
+    monkeypatch.setattr(protocols.pl.Trainer, "fit", terminated)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_checkpoint(checkpoint, ["semi_10"], baselines=False)
+    assert stopped.value.code == 143
 
 
 def test_a_training_leaves_the_encoder_as_it_was(checkpoint):

@@ -106,6 +106,13 @@ def test_options_of_the_blog_that_are_misspelled_end_it_in_one_line(options, mes
     assert end.value.code == 2 and message in error and error.endswith("?\n") and error.count("\n") == 1
 
 
+def test_the_blog_leaves_results_of_other_programs_alone(tmp_path):
+    file = tmp_path / "results.csv"
+    file.write_text("experiment,score\nmine,1.5\n")
+    with pytest.raises(ValueError, match="was not written by train_blog.py. Move it away, or choose another --out"):
+        train_blog.finished_runs(file)
+
+
 def test_one_seed_of_the_blog_has_no_deviation():
     row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
     assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.results_table([row])
