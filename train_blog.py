@@ -43,7 +43,7 @@ from self_supervised.runs import preflight
 from self_supervised.runs.command_line import CommandParser
 from self_supervised.runs.run_options import PRECISIONS
 from self_supervised.runs.values import ListOption, items, reader
-from self_supervised.safe_files import atomic_file, atomic_write, check_folder
+from self_supervised.safe_files import atomic_write, check_folder, write_rows
 from self_supervised.training import checkpoints
 from self_supervised.training.plan import epochs_text
 from self_supervised.training.precision import choose
@@ -218,13 +218,6 @@ def finished_runs(results: Path) -> list[dict[str, str]]:
     return [{column: row.get(column, "") for column in ROW_COLUMNS} for row in rows]
 
 
-def write_rows(results: Path, rows: list[dict]) -> None:
-    with atomic_file(results) as unfinished, unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ROW_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def experiment_facts(args: argparse.Namespace) -> dict[str, str]:
     """Return what the numbers of a row depend on, in addition to configuration and seed."""
     return {name: str(getattr(args, name)) for name in SHARED_COLUMNS}
@@ -310,7 +303,7 @@ def finish(name: str, seed: int, args: argparse.Namespace, results: Path) -> Non
         return
     with logged(args.out / "log.txt"):
         measured = score_untrained(seed, args) if name == UNTRAINED else train(name, seed, args)
-    write_rows(results, [*finished_runs(results), known | measured])
+    write_rows(results, ROW_COLUMNS, [*finished_runs(results), known | measured])
     shutil.rmtree(run_folder(name, seed, args) / "checkpoints", ignore_errors=True)
 
 

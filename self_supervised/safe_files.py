@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,14 @@ def rows_of(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
     reader = csv.DictReader(line for line in lines if line.endswith("\n") and "\0" not in line)
     columns = list(reader.fieldnames or [])
     return columns, [row for row in reader if is_complete(row)]
+
+
+def write_rows(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write a CSV file, completely or not at all."""
+    with atomic_file(file) as unfinished, unfinished.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def is_complete(row: dict[str | None, Any]) -> bool:

@@ -16,6 +16,7 @@ from self_supervised import losses
 from self_supervised.embeddings import nearest
 from self_supervised.embeddings import projection as embedding_map
 from self_supervised.evaluation import label_free, linear_models, probes, results, validation
+from self_supervised.evaluation.features import EvaluationData
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import finite, not_finite, on_scoring_device, unit
 from self_supervised.report import compare
@@ -85,10 +86,20 @@ def test_scores_do_not_depend_on_the_scale(name, sets):
         assert found == pytest.approx(expected, rel=1e-3, abs=2.6)  # 2 of 80 images
 
 
-def test_scores_are_computed_on_the_host_if_the_device_lacks_float64():
-    on_mps = SimpleNamespace(device=torch.device("mps"), cpu=lambda: "on the host")
-    assert on_scoring_device(on_mps) == "on the host"
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURES)
+def test_scores_of_features_on_a_device_without_float64_are_those_on_the_host(name, sets):
+    """As evaluations hand them over."""
+    data = SimpleNamespace(encoder=SimpleNamespace(device="cpu"))
+    handed_over = EvaluationData.on_device(data, *(part.as_subclass(WithoutFloat64) for part in sets))
+    assert MEASURES[name](*handed_over) == pytest.approx(MEASURES[name](*sets), rel=1e-5)
+
+
+def test_a_device_without_float64_is_left_for_the_host():
     x = torch.ones(2)
+    with pytest.raises(TypeError, match="Cannot convert a MPS Tensor"):
+        x.as_subclass(WithoutFloat64).double()
+    assert on_scoring_device(x.as_subclass(WithoutFloat64)).double().dtype is torch.float64
     assert on_scoring_device(x) is x and on_scoring_device(None) is None
 
 
@@ -225,3 +236,25 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(name, va
     ):
         with pytest.raises(ValueError, match=f"not finite .*{name.removeprefix('model.')}"):
             read()
+
+
+# ---- devices ----
+
+
+class WithoutFloat64(torch.Tensor):
+    """Says that it is on MPS, and refuses float64 as there."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+    def cpu(self):
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        values = (*args[1:], *(kwargs or {}).values())
+        if function is torch.Tensor.double or any(value is torch.float64 for value in values):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return super().__torch_function__(function, types, args, kwargs or {})

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from self_supervised.safe_files import atomic_file, disk_errors_named, rows_of
+from self_supervised.safe_files import disk_errors_named, rows_of, write_rows
 from self_supervised.training import run_folder
 
 SMOOTHING = 0.05  # weight of the newest batch in the average speed
@@ -132,10 +132,7 @@ def images_in(module: pl.LightningModule) -> int:
 def keep_until(file: Path, step: int) -> None:
     """Write the heading and the rows up to `step`, from which a run resumes, and delete later rows."""
     _, rows = rows_of(file)
-    with atomic_file(file) as unfinished, unfinished.open("w", newline="") as kept:
-        writer = csv.DictWriter(kept, THROUGHPUT_COLUMNS)
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= step)
+    write_rows(file, THROUGHPUT_COLUMNS, (row for row in rows if int(row["step"]) <= step))
 
 
 @rank_zero_only

@@ -15,7 +15,6 @@ A run that is made in Python has config.yaml, run.json, results.json and metrics
 (record.TrainingRecord).
 """
 
-import csv
 import json
 import logging
 import math
@@ -40,7 +39,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
 from self_supervised.data.folders import SETTINGS as SETTINGS_OF_LISTS
-from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
+from self_supervised.safe_files import atomic_write, rows_of, to_json, write_rows
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 LATER_SCORES = ("trained encoder", "test set", "linear classifier")  # keys of scores in results.json; any other: before
@@ -350,21 +349,17 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         kept.replace(path)
     if first_step > 0 and path.is_file():
         header, rows = rows_of(path)
-        write_metrics(kept, header, rows_to_keep(rows, first_step, first_epoch(out) == 1))
+        write_rows(kept, header, rows_to_keep(rows, first_step, first_epoch(out) == 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*logs directory .* exists")
         experiment = logger.experiment
     if header:
         kept.replace(path)
         experiment.metrics_keys = header
-    experiment._rewrite_with_new_header = partial(write_metrics, path)
+    experiment._rewrite_with_new_header = partial(add_columns, path)
     return logger
 
 
-def write_metrics(path: Path, header: list[str], rows: list[dict[str, str]] | None = None) -> None:
-    """Write a CSV file atomically. Without `rows`, those that it has get the columns of `header`."""
-    rows = rows_of(path)[1] if rows is None else rows
-    with atomic_file(path) as unfinished, unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows(rows)
+def add_columns(file: Path, columns: list[str]) -> None:
+    """Write the rows of a CSV file anew, with these columns. Those that a row lacks are empty."""
+    write_rows(file, columns, rows_of(file)[1])

@@ -535,7 +535,7 @@ def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
         embed.embed(tiny(), photos, tmp_path / "g.parquet", skip_unreadable=True, **options)
 
 
-def test_overwriting_resumes_only_what_was_overwriting(photos, tmp_path, monkeypatch):
+def test_overwriting_resumes_only_what_was_overwriting(photos, tmp_path, monkeypatch, capsys):
     bad, seen = photos / "flower" / "near" / "8.png", count_images(monkeypatch)  # in the last batch of 4
     good = bad.read_bytes()
     bad.write_bytes(b"")
@@ -543,6 +543,8 @@ def test_overwriting_resumes_only_what_was_overwriting(photos, tmp_path, monkeyp
         with nullcontext() if n == 44 else pytest.raises(ValueError, match="8.png"):
             embed.embed(tiny(), photos, tmp_path / "f.parquet", **OPTIONS | {"batch_size": 4}, overwrite=overwrite)
         assert sum(seen) == n
+        said = re.findall(r"(\d+) embeddings of an interrupted --overwrite are kept", capsys.readouterr().out)
+        assert said == (["20"] if n == 44 else [])
         if n == 40:
             bad.write_bytes(good)
 

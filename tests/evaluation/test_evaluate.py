@@ -284,6 +284,13 @@ def test_protocols_that_train(checkpoint, name):
     assert scores(evaluate_checkpoint(checkpoint, [name], fresh=True, **options))[name, "trained", 0] == found
 
 
+def test_a_fresh_evaluation_begins_without_earlier_results(tmp_path):
+    for name in ("results.json", "results.md"):
+        (tmp_path / name).write_text("")
+    results.Results(tmp_path, fresh=True).clear()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_training_that_sigterm_ends_is_no_success(checkpoint, monkeypatch):
     def terminated(*_):
         raise SIGTERMException

@@ -113,6 +113,11 @@ def test_the_blog_leaves_results_of_other_programs_alone(tmp_path):
         train_blog.finished_runs(file)
 
 
+def test_the_blog_draws_no_cosines_of_encoders_that_were_not_trained(tmp_path):
+    assert not train_blog.draw_cosines([{"config": "untrained", "seed": "1"}], None, tmp_path / "cosines.png")
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_seed_of_the_blog_has_no_deviation():
     row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
     assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.results_table([row])
