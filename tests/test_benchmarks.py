@@ -84,7 +84,7 @@ def test_a_process_of_its_own_answers_with_its_memory(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "others"),
     [
-        ("results.md", "| configuration | accuracy (%) | post"),
+        ("results.md", ("| configuration | accuracy (%) | post", "| question | answer |")),
         ("evaluation.md", "| name | definition |"),
         ("performance.md", "| device | precision |"),
         ("distill.md", "| settings | loss |"),
@@ -92,7 +92,7 @@ def test_a_process_of_its_own_answers_with_its_memory(monkeypatch):
     ],
 )
 def test_every_table_of_results_comes_from_a_file(name, others):
-    """Another test compares those of train_blog.py with their file; tables of definitions have no results."""
+    """Another test compares those of train_blog.py with their file; `others` are such, a summary, and definitions."""
     page = (ROOT / "docs" / name).read_text()
     alone = re.sub(r"<!-- (\w+) -->.*?<!-- end -->", "", page, flags=re.DOTALL)
     heads = [line for line, below in zip(alone.splitlines(), alone.splitlines()[1:], strict=False) if is_rule(below)]

@@ -25,7 +25,7 @@ def shards_are_there(folder: Path) -> bool:
 
 def is_pattern(data_path: str) -> bool:
     """Return whether a path looks like a pattern of shards, even one that is not supported."""
-    if not data_path.lower().endswith(SUFFIX) and os.path.isdir(os.path.expanduser(data_path)):
+    if os.path.isdir(os.path.expanduser(data_path)):
         return False
     parts = (end for part in data_path.split("::") for end in with_braces(part))
     is_shard = any(part.lower().endswith(SUFFIX) or COMPRESSED.search(part) for part in parts)

@@ -45,6 +45,10 @@ def write_header(file: BinaryIO, empty: np.ndarray, n: int) -> None:
     np.lib.format.write_array_header_1_0(file, header | {"shape": (n, *empty.shape[1:])})
 
 
+def has_features(folder: Path) -> bool:
+    return any(folder.glob("*.npy"))  # not only the directory: files may have been deleted to save space
+
+
 def read_features(folder: Path) -> dict[str, Tensor]:
     """Return the memory-mapped arrays. Changes to them stay in memory."""
     return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}

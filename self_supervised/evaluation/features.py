@@ -19,7 +19,7 @@ from self_supervised.data.files import name_skipped
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
-from self_supervised.evaluation.feature_files import read_features, write_features
+from self_supervised.evaluation.feature_files import has_features, read_features, write_features
 from self_supervised.evaluation.fingerprints import fingerprint, of_view
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import RESNET_STAGES
@@ -168,7 +168,7 @@ def extract(
     names = stages_of(encoder) if stages else []
     what = f"features of {'+'.join(splits)}"
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
-    if not folder.is_dir():
+    if not has_features(folder):
         if params.pack_images and isinstance(dataset, ImageFiles):
             use_packed(dataset)
         batches = feature_batches(dataset, params)
@@ -199,7 +199,7 @@ def extract_views(
     settings = {"views": len(views), "images": len(chosen), "seed": sampled.seed, "view": of_view(view)}
     what = f"{len(views)} views of {len(chosen)} images"
     folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if sampled.averaged else {}))
-    if not folder.is_dir():
+    if not has_features(folder):
         device = encoder.device
         subset = dataset.subset(chosen)
         subset.evaluated = True

@@ -117,6 +117,8 @@ def test_patterns_of_shards_are_known_and_reach_every_level(tmp_path):
     for pattern in ("a/0.tar::b", "a::b", "{0.tar,1.tar}", "a/{00..12}.tar", "0.TAR", "0.tar.gz"):
         assert shard_names.is_pattern(pattern)
     assert not shard_names.is_pattern("photos/{a}")
+    (tmp_path / "photos.tar").mkdir()
+    assert not shard_names.is_pattern(str(tmp_path / "photos.tar"))
 
 
 def test_pages_call_classes_by_their_names(stored, photos):
