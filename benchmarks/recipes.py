@@ -1,14 +1,13 @@
-"""Repeat the runs behind the result of a recipe, and print it as a row of self_supervised/recipes.py.
+"""Train the presets of a recipe on digits or on image files, and score their encoders: the results of recipes.py.
 
-    python -m benchmarks.recipes simclr digits --seeds 3
-    python -m benchmarks.recipes simclr folder            # writes images of $DATA_PATH/cifar10 as PNG files first
+    python -m benchmarks.recipes digits
+    python -m benchmarks.recipes folder --presets simclr --seeds 0    # images of CIFAR-10, written as PNG files first
 
-An encoder is scored on the test images, with the training images as neighbors, as by `self-supervised demo`.
-benchmarks.cifar10 repeats the recipes for CIFAR-10.
+An encoder is scored on the test images, with the training images as neighbors, as by `self-supervised demo`. Each run
+is a row of recipes.csv, and a row that is there is not repeated. benchmarks.cifar10 repeats the recipes for CIFAR-10.
 """
 
-import argparse
-import statistics
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -43,52 +42,44 @@ def write_folder(root: Path) -> None:
             PIL.Image.fromarray(np.asarray(image.permute(1, 2, 0))).save(path)
 
 
-def run(params: ModelParams) -> dict[str, float]:
-    """Return kNN accuracy before and after one training, and its minutes."""
+def run(params: ModelParams) -> harness.Row:
+    """Return kNN accuracies (k = 20) before and after one training and without an encoder, and minutes."""
     model = SelfSupervisedMethod(params)
-    before = validation.knn(*features(model.model, params))["valid_knn20_acc"]
+    before = knn(model.model, params)
     start = time.process_time()
     length = {"max_epochs": params.max_epochs, "num_sanity_val_steps": 0}
     pl.Trainer(accelerator="auto", **length, **harness.QUIET_TRAINER).fit(model)
     minutes = (time.process_time() - start) / 60  # of the processor: the machine may do other work
-    return {
-        "random": before,
-        "trained": validation.knn(*features(model.model, params))["valid_knn20_acc"],
-        "minutes": minutes,
-    }
+    facts = {"minutes": round(minutes, 2), "date": time.strftime("%Y-%m-%d"), "commit": harness.commit()}
+    return {"random": before, "trained": knn(model.model, params), "pixels": knn(nn.Flatten(), params), **facts}
 
 
-def row(runs: list[dict[str, float]]) -> str:
-    """Return the result of runs with different seeds as it stands in recipes.py."""
-
-    def both(name: str) -> tuple[float, float | None]:
-        values = [one[name] for one in runs]
-        return round(statistics.mean(values), 1), round(statistics.stdev(values), 1) if len(values) > 1 else None
-
-    minutes = statistics.mean(one["minutes"] for one in runs)
-    seeds = "" if len(runs) == 3 else f", seeds={len(runs)}"
-    return f"Outcome({both('random')}, {both('trained')}, {minutes:.1f}{seeds})"
+def knn(encoder: nn.Module, params: ModelParams) -> float:
+    return round(validation.knn(*features(encoder, params))["valid_knn20_acc"], 2)
 
 
-def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("recipe", choices=[kind for kind in recipes.KINDS if not kind.startswith("cifar10")])
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs (3)")
-    args = parser.parse_args(given)
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.arguments(__doc__, rounds=1)
+    kinds = ["digits", "folder"]
+    parser.add_argument("recipe", nargs="?", choices=kinds, default=kinds[0], help=f"kind of recipe ({kinds[0]})")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, metavar="PRESET", help="all that have the recipe")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    args = parser.parse_args(argv)
     harness.silence()
+    settings: dict[str, Any] = {"evaluations": [], "num_data_workers": 0}  # minutes include reading the images
+    if args.quick:
+        args.presets, args.seeds, settings["max_epochs"] = ["vicreg"], [0], 1
+    rows = harness.finished(args.out / "recipes.csv")
     with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {"evaluations": [], "num_data_workers": 0}  # minutes include reading the images
         if args.recipe == "folder":
             write_folder(Path(folder))
             settings["data_path"] = folder
-        runs = []
-        for seed in range(args.seeds):
-            params = recipes.recipe(args.preset, args.recipe, **settings, seed=seed)
-            runs.append(run(params))
-            print(f"seed {seed}: {runs[-1]}", flush=True)
-        pixels = validation.knn(*features(nn.Flatten(), params))["valid_knn20_acc"]
-    print(f"{args.preset}, {args.recipe}: {row(runs)}; pixels: {pixels:.1f}\n{harness.machine()}")
+        for preset, seed in itertools.product(args.presets or recipes.KINDS[args.recipe].rows, args.seeds):
+            known = {"recipe": args.recipe, "preset": preset, "seed": seed}
+            if not harness.has(rows, known):
+                params = recipes.recipe(preset, args.recipe, **settings, seed=seed)
+                rows.append({**known, **run(params)})
+                harness.report("recipes", rows, args.out)
 
 
 if __name__ == "__main__":

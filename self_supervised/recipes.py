@@ -3,7 +3,7 @@
     params = ssl.recipe("simclr", "digits")          # further settings override those of the recipe
     self-supervised train simclr --recipe digits
 
-`python -m benchmarks.recipes simclr digits` repeats the runs behind a result; docs/recipes.md is a table of all rows.
+`python -m benchmarks.recipes digits` repeats the runs behind the results; docs/recipes.md is a table of all rows.
 """
 
 from typing import Any
