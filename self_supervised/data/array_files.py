@@ -90,6 +90,7 @@ def suffix_of(path: str, file: str | BinaryIO) -> str:
     suffix = Path(path if not isinstance(file, str) else file).suffix.lower()
     if suffix or isinstance(file, str):
         return suffix
+    file.seek(0)  # another reader may have tried it
     start = file.read(6)
     file.seek(0)
     return next((extension for magic, extension in MAGIC.items() if start.startswith(magic)), "")

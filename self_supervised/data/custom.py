@@ -103,11 +103,11 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     kept = folder_of_lists(params)
     if has_written(params):
         samples_of, names = as_written(read_lists(kept, source), kept)
-        is_temporary = kept.name.startswith(TEMPORARY)
-        report_lists(source, samples_of, "" if is_temporary else f", by the lists in {kept}")
-        if isinstance(source, ImageFolder) and not is_temporary and distributed.rank() == 0:
-            patterns = params.include_patterns, params.exclude_patterns
-            report_unlisted(source.root, kept, samples_of, lambda path: is_selected(path, *patterns))
+        if not kept.name.startswith(TEMPORARY):  # else whoever drew the splits has reported them
+            report_lists(source, samples_of, f", by the lists in {kept}")
+            if isinstance(source, ImageFolder) and distributed.rank() == 0:
+                patterns = params.include_patterns, params.exclude_patterns
+                report_unlisted(source.root, kept, samples_of, lambda path: is_selected(path, *patterns))
         return samples_of, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
     images = labeled_lists(kept, source) if by_hand else found_lists(source, params)

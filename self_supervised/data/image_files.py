@@ -6,12 +6,13 @@ PASCAL VOC 2007 has the layout of its archives: $DATA_PATH/voc07/VOCdevkit/VOC20
 import math
 import os
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import default_collate
@@ -19,11 +20,14 @@ from torch.utils.data import default_collate
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data.array_files import (
+    TIFF_SUFFIXES,
+    WAY_OUT,
     check_range,
     is_array,
     of_16_bits,
     opened_image,
     read_array,
+    suffix_of,
     to_upright,
     transposed,
 )
@@ -218,7 +222,13 @@ def read_any(
     """Return the image in `file`, read by the reader for the extension of `path`."""
     if is_array(path, file, channels, pixel_range):
         return read_array(path, file, channels, pixel_range, exif_orientation)
-    return read_image(file, channels, pixel_range, exif_orientation)
+    is_tiff = suffix_of(path, file) in TIFF_SUFFIXES
+    try:
+        return read_image(file, channels, pixel_range, exif_orientation)
+    except UnidentifiedImageError as error:
+        if not is_tiff:
+            raise
+        raise ValueError(f"it is corrupt, or the range of values of its type is unknown. {WAY_OUT}") from error
 
 
 def read_image(
@@ -270,10 +280,10 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
 def jpeg_size(file: File, exif_orientation: bool = True) -> tuple[int, int] | None:
     """Return (width, height) of a gray or RGB JPEG, as `read_image` returns it, from its header; None for any other
     image."""
-    with opened_image(file) as image:
-        if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-            return None
-        return image.size[::-1] if to_upright(image, exif_orientation) in SWAP_SIDES else image.size
+    with suppress(UnidentifiedImageError), opened_image(file) as image:
+        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            return image.size[::-1] if to_upright(image, exif_orientation) in SWAP_SIDES else image.size
+    return None
 
 
 def read_reduced(file: File, channels: int, scale: int, exif_orientation: bool = True) -> Image.Image:

@@ -278,12 +278,14 @@ def mean_precisions(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> 
 def average_precision(scores: Tensor, signs: Tensor, interpolated: bool = False) -> Tensor:
     """Return the average precision [K] of each class for scores [N, K]; images of sign 0 are left out.
 
-    It is scikit-learn's: the mean precision at the positive images. Interpolated, the precision at a recall is the
-    highest at that or any higher recall, as in the source and in VOC since 2010 (not the 11 points of 2007).
+    It is scikit-learn's: the mean precision at the positive images, of which those with equal scores share one.
+    Interpolated, the precision at a recall is the highest at that or any higher recall, as in the source and in VOC
+    since 2010 (not the 11 points of 2007).
     """
-    order = scores.masked_fill(signs == 0, -torch.inf).argsort(0, descending=True)
+    scores, order = scores.masked_fill(signs == 0, -torch.inf).sort(0, descending=True)
     right = signs.gather(0, order) > 0
-    precision = right.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
+    ends = torch.searchsorted(-scores.T.contiguous(), -scores.T.contiguous(), right=True).T  # images with such a score
+    precision = right.cumsum(0).gather(0, ends - 1) / ends
     if interpolated:
         precision = precision.flip(0).cummax(0).values.flip(0)
     return (precision * right).sum(0) / right.sum(0)

@@ -183,7 +183,7 @@ class Checkpoints(pl.Callback):
         self.handlers: dict = {}  # signal -> its handler before ours
         self.listens = False  # whether signals are noted; otherwise they go to the earlier handler
         self.received: int | None = None  # number of the signal
-        self.asked: Callable[[], bool] = lambda: False  # whether any process had a signal when it was last asked
+        self.asked: Callable[[], bool] = bool  # whether any process had a signal when it was last asked; first False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and distributed.is_elastic() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -189,7 +189,8 @@ class TrainingMonitor(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.warn_of_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
+            if pl_module.was_trained:
+                self.warn_of_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
             self.report_unreadable(trainer)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

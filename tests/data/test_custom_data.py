@@ -578,6 +578,11 @@ def test_tiffs_of_unknown_range_are_told_the_way_out(tmp_path, kind):
         tmp_path, lambda path: tifffile.imwrite(f"{path}.tif", values), in_channels=1, pixel_range=[0, 100]
     )
     assert torch.equal(shown[0], torch.from_numpy(np.rint(values.clip(0) * 2.55).astype(np.uint8)[2:30, 2:30]))
+    if kind != "int32":
+        with pytest.raises(ValueError, match="the range of values of its type is unknown. Set pixel_range"):
+            one_image(
+                tmp_path, lambda path: tifffile.imwrite(f"{path}.tif", np.stack([values] * 3, 2), photometric="rgb")
+            )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -8,7 +8,7 @@ from PIL import Image
 from test_custom_data import params
 
 from model_params import SimCLRParams
-from self_supervised.data import data_sets, file_search
+from self_supervised.data import custom, data_sets, file_search
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, is_hidden
 from self_supervised.data.folders import entries
 from self_supervised.data.image_files import samples_in_class_folders
@@ -111,10 +111,12 @@ def test_what_is_passed_over_is_counted_by_reason_and_said_once(tmp_path, caplog
     for name in ("a/1.heic", "a/2.HEIC", "b/README", ".DS_Store", "b/x.txt"):
         (tmp_path / name).touch()
     assert found_below(tmp_path)[1] == {".heic": 2, "without an extension": 1, "hidden": 1, ".txt": 1}
+    lists = tmp_path.with_name(f"{custom.TEMPORARY}{tmp_path.name}")
     with caplog.at_level("INFO"):
-        for _ in range(2):
-            own(tmp_path, exclude_patterns=["2.png"])
+        for _ in range(2):  # the second time from lists, which a check of the run keeps for a moment
+            own(tmp_path, exclude_patterns=["2.png"], splits_path=str(lists))
     assert caplog.text.count(f"{tmp_path}: 2 images; passed over: 2 .heic (such as ") == 1
+    assert caplog.text.count("2 images") == 1
     for part in ("1 hidden", "1 .txt", "1 without an extension", "1 by include_patterns and exclude_patterns"):
         assert part in caplog.text
     with caplog.at_level("INFO"):

@@ -119,6 +119,13 @@ def test_the_area_is_the_mean_of_the_highest_precision_from_each_recall_on():
     assert float(found) == pytest.approx(sum(steps) / len(steps))
 
 
+def test_equal_scores_have_one_precision():
+    scores, labels = torch.tensor([2.0, 1, 1, 1, 0, 0])[:, None], torch.tensor([-1, 1, -1, 1, 1, -1])[:, None]
+    expected = average_precision_score(labels > 0, scores)
+    for order in (torch.arange(6), torch.arange(5, -1, -1), torch.tensor([2, 1, 0, 4, 5, 3])):
+        assert float(linear_models.average_precision(scores[order], labels[order])) == pytest.approx(expected)
+
+
 def test_images_that_are_neither_are_not_ranked(presences):
     _, _, x, labels = presences
     scores = x[:, :3].contiguous()
