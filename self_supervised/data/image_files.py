@@ -347,7 +347,7 @@ def collate_crops(samples: list[tuple[list[Tensor], Any]]) -> list:
 def resized(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Return images [N, H, W, C] as [N, C, size, size], or [N, C, *size].
 
-    The result equals PIL's `resize` up to one gray level, and is three times as fast.
+    The result equals PIL's `resize` up to one gray level, and is faster.
     """
     return interpolate(images.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
 

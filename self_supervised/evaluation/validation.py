@@ -47,8 +47,8 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Return the same as `linear_logits`, by scikit-learn on one CPU core. On multiple cores that are busy, its
-    many small steps take up to 60 times as long."""
+    """Return the same as `linear_logits`, by scikit-learn on one CPU core: on multiple cores that are busy, its
+    many small steps take much longer."""
     x, test_x = (part.cpu().numpy() for part in within_span(train_x, test_x))
     classifier = LogisticRegression(C=1 / decay, max_iter=1000)
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
