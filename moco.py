@@ -153,8 +153,8 @@ class SelfSupervisedMethod(BaseMethod):
         return encoded, {j: encoded[j].z.detach() if p.stop_gradient_of_keys else encoded[j].z for j in key_views}
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
-        """Return {view i: encode(view i)}. With `micro_batch_size`, the graph of gradients ends at them, and
-        `backward` continues it into the networks, one part after the other."""
+        """Return {view i: encode(view i)}. With `micro_batch_size`, set `micro_batches` and return leaves: `backward`
+        passes their gradients on to the networks, one part after the other."""
         if (size := self.params.micro_batch_size) is None:
             return {i: self.encode(views[i]) for i in which}
         networks = (self.model, self.projection_model, self.prediction_model)
