@@ -1019,7 +1019,11 @@ def test_examples_of_the_page(photos, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
     blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
     assert blocks
-    code = "\n".join(blocks).replace('"photos"', repr(str(photos)))
+    code = "\n".join(blocks)
+    places = {"photos": photos, "june": photos / "flower", "december": photos / "china"}
+    for name, path in places.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(path)))
     caches = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     processes.run(processes.run_code, 1, tmp_path / "process", code, str(tmp_path), caches)
 
