@@ -68,6 +68,11 @@ def installed(wheel, tmp_path_factory):
     return run
 
 
+def test_the_citation_names_version_and_license():
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"{name}: {PROJECT['project'][name]}" for name in ("version", "license")} <= set(lines)
+
+
 @pytest.mark.slow
 def test_the_users_modules_are_in_the_way(installed):
     """What follows is no proof unless Python finds the user's modules first."""
