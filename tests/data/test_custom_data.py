@@ -1024,8 +1024,15 @@ def test_examples_of_the_page(photos, tmp_path):
     for name, path in places.items():
         assert f'"{name}"' in code
         code = code.replace(f'"{name}"', repr(str(path)))
+    textures = tmp_path / "data/dtd/dtd"  # torchvision would download them
+    for folder in ("images/dotted", "labels"):
+        (textures / folder).mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        Image.fromarray(TILES["china"][0]).save(textures / f"images/dotted/{split}.jpg")
+        (textures / f"labels/{split}1.txt").write_text(f"dotted/{split}.jpg\n")
     caches = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     processes.run(processes.run_code, 1, tmp_path / "process", code, str(tmp_path), caches)
+    assert (tmp_path / "data/dtd_folders/test/0/test.jpg").resolve().is_file()
 
 
 @pytest.mark.slow
