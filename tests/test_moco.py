@@ -224,6 +224,9 @@ def test_a_warmup_that_does_not_end_is_named(small, trainer, caplog):
         params = small("byol", warmup_epochs=None, lars_warmup_epochs=epochs, evaluations=[])
         trainer().fit(SelfSupervisedMethod(params, encoder=TinyEncoder()))
         assert ("is as long as the training, or longer: lr=0.5 is reached at" in caplog.text) == said
+    params = attrs.evolve(params, lars_warmup_epochs=1, lr_scaling="linear", lr_batch_size=64)  # batch_size=16
+    trainer().fit(SelfSupervisedMethod(params, encoder=TinyEncoder()))
+    assert "or longer: lr=0.125 is reached at" in caplog.text  # as the log says: the peak after lr_scaling
 
 
 def test_moving_towards_is_the_moving_average():

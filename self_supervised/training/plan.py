@@ -98,9 +98,10 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
         all_images=n_images if n_images and n_images < size else None,
         epoch_batches=epoch_batches,
     )
-    report_doubts(plan, warmup_epochs)
     factor = lr_factor(params, plan.global_batch_size)
-    return evolve(plan, lr=params.lr * factor, lr_factor=factor)
+    plan = evolve(plan, lr=params.lr * factor, lr_factor=factor)
+    report_doubts(plan, warmup_epochs)
+    return plan
 
 
 def report_doubts(plan: Plan, warmup_epochs: float) -> None:
@@ -114,7 +115,7 @@ def report_doubts(plan: Plan, warmup_epochs: float) -> None:
     if plan.steps <= plan.warmup_steps:
         rank_zero_info(
             f"warning: the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: "
-            f"lr={plan.lr} is reached at the last step, or never"
+            f"lr={plan.lr:.4g} is reached at the last step, or never"
         )
 
 
