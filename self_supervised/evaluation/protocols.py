@@ -4,6 +4,7 @@ import copy
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import attrs
 import pytorch_lightning as pl
@@ -104,6 +105,7 @@ class Protocol:
     needs_classes: bool = True  # one class per image
     needs_stages: bool = False  # an encoder with layer1 to layer4
     preset: str | None = None  # name in LINEAR_PRESETS, if the protocol trains by SGD
+    goodness: Callable[[str, float], float] = lambda score, value: value  # highest for the best value of a score
 
     def refusal(self, encoder: Encoder, params: EncoderAndDataParams, unlabeled: str) -> str | None:
         """Return why the protocol cannot be run, or None. `unlabeled` is what `why_not_scorable` has returned, once for
@@ -121,8 +123,8 @@ def seeded_probe(function: Callable[..., Scores]) -> Callable[[EvaluationData, i
     return lambda data, seed: function(*data.sets, seed=seed)
 
 
-def label_free_row(run: Callable[[EvaluationData, int], Scores], definition: str, source: str) -> Protocol:
-    return Protocol(run, definition, source, seeded=False, needs_labels=False, needs_classes=False)
+def label_free_row(run: Callable[[EvaluationData, int], Scores], definition: str, source: str, **more: Any) -> Protocol:
+    return Protocol(run, definition, source, seeded=False, needs_labels=False, needs_classes=False, **more)
 
 
 def training_row(preset: str, definition: str, source: str) -> Protocol:
@@ -221,17 +223,20 @@ PROTOCOLS = {
         lambda data, _: label_free.alpha_req(data.label_free_features),
         "exponent of the decay of the covariance's eigenvalues 11 to 100, of the same images",
         "https://arxiv.org/abs/2202.05808",
+        goodness=lambda _, alpha: -abs(alpha - 1),
     ),
     "uniformity": label_free_row(
         lambda data, _: label_free.uniformity(data.label_free_features),
         "log of the mean over pairs of exp(-2 distance^2) on the unit sphere, of the same images",
         "https://arxiv.org/abs/2005.10242, section 4.1",
+        goodness=lambda _, value: -value,
     ),
     "alignment": label_free_row(
         lambda data, _: label_free.alignment(data.views),
         f"mean squared distance on the unit sphere of views of one image; {VIEWS.n_images:,} training images, "
         f"{VIEWS.n_views} views each, by the data set's augmentations",
         "https://arxiv.org/abs/2005.10242, section 4.1",
+        goodness=lambda _, value: -value,
     ),
     "lidar": label_free_row(
         lambda data, _: label_free.lidar(data.views),

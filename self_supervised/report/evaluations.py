@@ -17,6 +17,7 @@ from attrs import frozen
 from model_params import DATASET_DEFAULTS, EARLIER_DEFAULTS, SUBSET
 from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.evaluation import results
+from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.evaluation.results import DRAWN, RunRecord
 from self_supervised.fields import as_path
 from self_supervised.training import run_folder
@@ -24,7 +25,6 @@ from self_supervised.training.milestones import is_finite
 
 OF_MEASUREMENT = (*results.OF_ENCODER, "evaluation_clips", "evaluation_crops", "max_epochs", "batch_size")
 NOT_SCORES = ("l2",)  # hyperparameters that are stored with the scores
-LOWEST_IS_BEST = ("uniformity", "alignment")
 DEVIATION = "±: sample standard deviation over runs; in a row of one run over evaluation seeds, or draws of one seed."
 
 
@@ -204,7 +204,7 @@ def table_of(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> Eval
     best = {
         (row, column)
         for column, (protocol, metric) in enumerate(columns)
-        for row in indices_of_best([goodness(metric, row[column]) for row in cells])
+        for row in indices_of_best([goodness(protocol, metric, row[column]) for row in cells])
         if protocol not in unlike
     }
     has_std = any(cell and cell.std is not None for row in cells for cell in row)
@@ -237,13 +237,11 @@ def indices_of_best(values: list[float | None]) -> list[int]:
     return [i for i, value in finite.items() if value == max(finite.values())] if len({*finite.values()}) > 1 else []
 
 
-def goodness(metric: str, cell: Cell | None) -> float | None:
-    """Return a number that is highest for the best value (docs/evaluation.md)."""
+def goodness(protocol: str, metric: str, cell: Cell | None) -> float | None:
+    """Return a number that is highest for the best value. `protocol` may be one of another version."""
     if cell is None:
         return None
-    if metric == "alpha_req":
-        return -abs(cell.mean - 1)
-    return -cell.mean if metric in LOWEST_IS_BEST else cell.mean
+    return PROTOCOLS[protocol].goodness(metric, cell.mean) if protocol in PROTOCOLS else cell.mean
 
 
 def differently_measured(runs: list[RunRecord]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from self_supervised import evaluate
+from self_supervised.evaluation.protocols import PROTOCOLS, Protocol
 from self_supervised.evaluation.results import Results
 from self_supervised.report import compare, evaluations, report
 
@@ -116,6 +117,21 @@ def test_the_best_value_is_the_lowest_the_nearest_to_1_or_the_highest(metric, be
     made = [written(tmp_path / n, [record(metric, {metric: v})], preset=n) for n, v in values.items()]
     (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows(made))
     assert table.best == {(best, 0)} and table.texts("{}")[3] == ["d", "not finite"]
+
+
+def test_a_new_protocol_says_which_of_its_values_are_best(tmp_path, monkeypatch):
+    def goodness(score, value):
+        return -value if score == "ece" else value
+
+    row = Protocol(lambda data, seed: {}, "calibration", "", goodness=goodness)
+    monkeypatch.setitem(PROTOCOLS, "calibration", row)
+    values = {"a": (1.0, 60.0, 2.0), "b": (30.0, 90.0, 1.0)}
+    for name, (ece, acc1, other) in values.items():
+        found = [record("calibration", {"ece": ece, "acc1": acc1}), record("of_another_version", {"x": other})]
+        written(tmp_path / name, found, preset=name)
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([tmp_path / name for name in values]))
+    assert table.header == ["", "calibration ece", "calibration acc1", "of_another_version x"]
+    assert table.best == {(0, 0), (1, 1), (0, 2)}
 
 
 def test_a_run_on_another_data_set_is_named_and_not_to_be_evaluated_on_this_one(runs, tmp_path):
