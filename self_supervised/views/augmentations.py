@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from model_params import EncoderAndDataParams, ModelParams
-from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
+from self_supervised.catalogue import ViewSettings
 from self_supervised.distributed import to_device
-from self_supervised.views.input_checks import check_pixels
+from self_supervised.views.input_checks import check_cropped, check_pixels
 from self_supervised.views.tensor_ops import (
     Draws,
     blur,
@@ -164,21 +164,15 @@ def augment(
         torch_compile: fuse the operations of a view on a GPU; on the CPU they are always compiled.
         positions: whole numbers [N], which differ between the images of one seed; default: 0, 1, 2, ...
     """
-    n = len(images[0] if isinstance(images, list) else images)
+    cropped = isinstance(images, list)
+    batches = images if cropped else [images] * len(views)
+    n = len(batches[0])
     rng = ImageDraws(seed, np.arange(n) if positions is None else positions)
     result = []
-    cropped = isinstance(images, list)
-    for i, view in enumerate(views[: len(images)] if cropped else views):
-        x, n_frames = frames_of(images[i] if cropped else images)
-        if cropped and x.shape[2] != x.shape[3]:
-            raise ValueError(
-                f"uint8 views in a list must be square, not {x.shape[2]} x {x.shape[3]} pixels. Crop them in the "
-                "loader, or yield one uint8 tensor, which is cropped here."
-            )
-        if cropped and x.shape[2] <= BLUR_RADIUS and view.blur_probability > 0:
-            raise ValueError(
-                f"views of {x.shape[2]} pixels are too small to be blurred. Set transform_apply_blur=False."
-            )
+    for batch, view in zip(batches, views, strict=False):  # a list may have more views than are used, or fewer
+        x, n_frames = frames_of(batch)
+        if cropped:
+            check_cropped(x, view)
         x = with_channels(x, len(mean))
         full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         boxes = full if cropped else draw_crops(rng, n, *x.shape[2:], view)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from model_params import EncoderAndDataParams
+from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 
 # Limits of a batch of normalized float images, beyond which check_floats asks whether they are
 HIGHEST_MEAN = 3.0  # of a channel: a black image has -2.1 with ImageNet's constants
@@ -114,6 +115,18 @@ def check_batch_images(images: Tensor | list[Tensor], params: EncoderAndDataPara
     lines = [check_floats(part, params) for part in parts if part.is_floating_point()]
     if line := next(filter(None, lines), ""):
         rank_zero_info(line)
+
+
+def check_cropped(images: Tensor, view: ViewSettings) -> None:
+    """Raise ValueError if uint8 images [N, C, H, W], cropped by the loader, are not square, or too small to blur."""
+    height, width = images.shape[2:]
+    if height != width:
+        raise ValueError(
+            f"uint8 views in a list must be square, not {height} x {width} pixels. Crop them in the loader, or yield "
+            "one uint8 tensor, which is cropped here."
+        )
+    if height <= BLUR_RADIUS and view.blur_probability > 0:
+        raise ValueError(f"views of {height} pixels are too small to be blurred. Set transform_apply_blur=False.")
 
 
 def count_not_finite(batch: Any) -> int:

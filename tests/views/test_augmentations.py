@@ -217,3 +217,13 @@ def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
     with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as said:
         double, triple = (compiled_ops.compiled(function) for function in (lambda x: 2 * x, lambda x: 3 * x))
     assert len(said) == 1 and (double(2), triple(2)) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((2, 3, 32, 24), "must be square, not 32 x 24 pixels"), ((2, 3, 6, 6), "6 pixels are too small to be blurred")],
+)
+def test_uint8_views_that_cannot_be_augmented_are_refused(shape, message):
+    views = [ViewSettings(blur_probability=0.5)]
+    with pytest.raises(ValueError, match=message):
+        augmentations.augment([torch.zeros(shape, dtype=torch.uint8)], 0, views, (0.0,) * 3, (1.0,) * 3)
