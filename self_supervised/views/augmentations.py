@@ -122,20 +122,13 @@ def draw_operations(rng: np.random.Generator | ImageDraws, n: int, view: ViewSet
 # ---- views ----
 
 
-def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: ViewSettings) -> Tensor:
-    """Return one view of float images [N, C, H, W], with the parameters in `draws`.
-
-    Args:
-        boxes: crops; None: the images were cropped when they were decoded.
-    """
+def make_view(x: Tensor, draws: Draws, view: ViewSettings, cropped: bool) -> Tensor:
+    """Return one view of float images [N, C, H, W], with the parameters in `draws`; without crop if `cropped`."""
 
     def drawn(name: str) -> Tensor:
         return to_column(draws[name], x) > 0
 
-    if boxes is None:
-        x = torch.where(drawn("flip"), x.flip(3), x)
-    else:
-        x = resized_crop(x, boxes, view.crop_size, draws["flip"])
+    x = torch.where(drawn("flip"), x.flip(3), x) if cropped else resized_crop(x, draws, view.crop_size, draws["flip"])
     if view.jitter_probability > 0:
         x = color_jitter(x, draws)
     if view.grayscale_probability > 0 and x.shape[1] == 3:
@@ -217,8 +210,7 @@ def make_normalized_view(
     images: Tensor, matrix: Tensor, view: ViewSettings, cropped: bool, mean: tuple, std: tuple
 ) -> Tensor:
     """Return one normalized view of uint8 images. `matrix` holds the drawn parameters, on the same device."""
-    draws = from_matrix(matrix)
-    return normalize(make_view(images.float() / 255, draws, None if cropped else draws, view), mean, std)
+    return normalize(make_view(images.float() / 255, from_matrix(matrix), view, cropped), mean, std)
 
 
 @cache
