@@ -36,7 +36,7 @@ from self_supervised.training.plan import Plan, plan_of_own_optimizers
 from self_supervised.training.trainer_state import batch_hooks_of_user, is_cut_short, validating
 from self_supervised.views import augmentations, input_checks
 
-MORE_IMAGES = 2**16  # than a batch has
+ASSUMED_BATCH_SIZE = 2**16  # of a loader that has none; above any real one
 TRAINED_FURTHER = (
     "the weights are already trained: this training starts from them, and epochs, views and schedules start over. To "
     "continue the earlier training instead, pass its checkpoint: fit(model, ckpt_path=...)"
@@ -53,7 +53,7 @@ class BaseMethod(pl.LightningModule):
     CLASSIFIER: str  # name of the linear layer that is trained on labels
     needs_labels = False  # also for validation
     plan: Plan | None = None  # length of the training, set with the optimizers
-    built: Any = None  # settings with which it was built, or to which `change` has set them since
+    built_params: Any = None  # settings with which it was built, or to which `change` has set them since
     seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
@@ -74,7 +74,7 @@ class BaseMethod(pl.LightningModule):
         keys."""
         if stage == "fit":
             distributed.refuse_sharding(type(self.trainer.strategy).__name__)
-            hyperparameters.refuse_replaced(self.params, self.built)
+            hyperparameters.refuse_replaced(self.params, self.built_params)
             fit_checks.refuse_manual_optimization(self)
             self.plan = self.loaded_names = None  # of an earlier training
         self.of_videos = self.params.dataset.of_videos  # looked up here, not at every step
@@ -134,7 +134,7 @@ class BaseMethod(pl.LightningModule):
     def change(self, **fields: Any) -> None:
         """Change settings, and the hyperparameters that a checkpoint keeps."""
         self.params = attrs.evolve(self.params, **fields)
-        self.built = attrs.evolve(self.params)  # a copy, because users can assign `params`
+        self.built_params = attrs.evolve(self.params)  # a copy, because users can assign `params`
         self.save_hyperparameters(fields)
 
     def _set_hparams(self, hp: Any) -> None:
@@ -164,7 +164,7 @@ class BaseMethod(pl.LightningModule):
         """
         settings = attrs.asdict(self.params) | determined | self.counted_classes() | {"encoder_weights": None}
         self.save_hyperparameters(settings)
-        self.built = copy.deepcopy(self.params)  # lists in it can be changed
+        self.built_params = copy.deepcopy(self.params)  # lists in it can be changed
 
     @property
     def n_outputs(self) -> int | None:
@@ -275,10 +275,10 @@ class BaseMethod(pl.LightningModule):
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
         n = len(images if isinstance(images, Tensor) else images[0])
-        size = size_of_batches(loader) or MORE_IMAGES  # not n: the last batch may be smaller
-        places = distributed.positions(batch_idx * size, n)
+        size = size_of_batches(loader) or ASSUMED_BATCH_SIZE  # not n: the last batch may be smaller
+        positions = distributed.positions(batch_idx * size, n)
         seed = (self.params.seed, self.current_epoch)
-        views = augmentations.for_training(images, self.augment, seed, places, self.of_videos)
+        views = augmentations.for_training(images, self.augment, seed, positions, self.of_videos)
         return [view.to(self.dtype) for view in views], labels
 
     def reads_labels(self, training: bool) -> bool:
