@@ -10,19 +10,22 @@ from torch import Tensor
 
 from self_supervised.numerics import Scores, finite, unit
 
+FIRST_RANK, LAST_RANK = 11, 100  # eigenvalues to which the power law of alpha-ReQ is fitted
+KERNEL_T = 2.0  # t of uniformity
 
-def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:
+
+def alpha_req(x: Tensor) -> Scores:
     """Return the exponent alpha of the decay of the covariance's eigenvalues, lambda_i ~ i^-alpha; best near 1
     (alpha-ReQ, https://arxiv.org/abs/2202.05808).
 
-    The slope of log lambda over log i is fitted over the given ranks, or those of them that exist, each weighted by
+    The slope of log lambda over log i is fitted from FIRST_RANK to LAST_RANK, or as far as they exist, each weighted by
     1 / i (Stringer et al., https://doi.org/10.1038/s41586-019-1346-5).
     """
     x = finite(x).double()
     eigenvalues = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).flip(0)
     significant = int((eigenvalues > eigenvalues[0] * 1e-12).sum())  # smaller eigenvalues are rounding errors
-    last = min(ranks[1], significant)
-    first = min(ranks[0], max(1, last // 2))  # if there are few eigenvalues: their second half
+    last = min(LAST_RANK, significant)
+    first = min(FIRST_RANK, max(1, last // 2))  # if there are few eigenvalues: their second half
     if last - first < 1:
         return {"alpha_req": math.nan}
     i = torch.arange(first, last + 1, dtype=x.dtype, device=x.device)
@@ -44,8 +47,8 @@ def alignment(views: Tensor) -> Scores:
     return {"alignment": float(distances.mean())}
 
 
-def uniformity(x: Tensor, t: float = 2.0) -> Scores:
-    """Return the log of the mean over pairs of images of exp(-t |x - x'|^2) on the unit sphere: 0 for a single point,
+def uniformity(x: Tensor) -> Scores:
+    """Return the log of the mean over pairs of images of exp(-2 |x - x'|^2) on the unit sphere: 0 for a single point,
     lower for more evenly spread features (https://arxiv.org/abs/2005.10242, section 4.1)."""
     z = unit(finite(x))
     n = len(x)
@@ -54,7 +57,7 @@ def uniformity(x: Tensor, t: float = 2.0) -> Scores:
     total = 0.0
     lengths = z.any(1).to(z.dtype)  # |z|^2, which is 0 for a vector of zeros
     for rows, own in zip(z.split(1000), lengths.split(1000), strict=True):  # 1000 x N distances fit into memory
-        total += float((t * (2 * rows @ z.T - own[:, None] - lengths)).exp().sum(1).double().sum())
+        total += float((KERNEL_T * (2 * rows @ z.T - own[:, None] - lengths)).exp().sum(1).double().sum())
     return {"uniformity": math.log(max(total - n, 1e-300) / (n * (n - 1)))}  # - n: pairs of an image with itself
 
 
