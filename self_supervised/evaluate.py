@@ -220,13 +220,10 @@ def run_protocols(
     hashes = {name: encoder_hash(data.encoder) for name, data in data_of.items()}
     hashes["lagging"] = hashes["trained"]  # both are replaced together
     trained = data_of["trained"].encoder
-    files = (
-        dict.fromkeys(("trained", "lagging"), checkpoint_hash(trained))
-        if as_path(trained.report.source).is_file()
-        else {}
-    )
-    results.keep_encoders(hashes, seen_settings, files, refuse_others)
-    images = {  # hashes of each encoder and of the images as it sees them
+    is_file = as_path(trained.report.source).is_file()
+    checkpoint_hashes = dict.fromkeys(("trained", "lagging"), checkpoint_hash(trained)) if is_file else {}
+    results.drop_other_weights(hashes, seen_settings, checkpoint_hashes, refuse_others)
+    feature_hashes = {  # of each encoder and of the images as it sees them
         name: "".join(
             fingerprint(data.encoder, data.params, dataset, {}) for _, dataset in training_and_test(data.params)
         )
@@ -235,31 +232,44 @@ def run_protocols(
     for protocol in dict.fromkeys(protocols):
         for encoder, data in data_of.items():
             for seed in dict.fromkeys(seeds) if PROTOCOLS[protocol].seeded else (0,):
-                key = run_key(protocol, encoder, images[encoder], seed, data.training, seen_settings)
-                run = results.find(key)
-                origin = " (from results.json)" if run else ""
-                if run is None:
-                    names = {"protocol": protocol, "dataset": data.params.dataset_name, "encoder": encoder}
-                    run = {**names, "seed": seed, "key": key, "hash": hashes[encoder], "seen": seen_settings}
-                    run |= scored(protocol, data, seed) | {"file": files.get(encoder)}
-                    results.add(run)
-                scores = ", ".join(f"{name} {value:.4g}" for name, value in run["scores"].items())
-                print(f"{protocol}, {encoder} encoder, seed {seed}{origin}: {scores}", flush=True)
+                run_once(results, protocol, encoder, data, seed, feature_hashes[encoder], seen_settings)
     results.refresh()
 
 
+def run_once(
+    results: Results,
+    protocol: str,
+    encoder: str,
+    data: EvaluationData,
+    seed: int,
+    feature_hash: str,
+    seen_settings: dict[str, Any],
+) -> None:
+    """Run a protocol and add the run to `results`, unless its key is there already. Print the scores."""
+    key = run_key(protocol, encoder, feature_hash, seed, data.training, seen_settings)
+    run = results.find(key)
+    origin = " (from results.json)" if run else ""
+    if run is None:
+        names = {"protocol": protocol, "dataset": data.params.dataset_name, "encoder": encoder}
+        run = {**names, "seed": seed, "key": key, "hash": results.hashes[encoder], "seen": seen_settings}
+        run |= scored(protocol, data, seed) | {"file": results.checkpoint_hashes.get(encoder)}
+        results.add(run)
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in run["scores"].items())
+    print(f"{protocol}, {encoder} encoder, seed {seed}{origin}: {scores}", flush=True)
+
+
 def run_key(
-    protocol: str, encoder: str, images: str, seed: int, training: dict[str, Any], seen_settings: dict[str, Any]
+    protocol: str, encoder: str, feature_hash: str, seed: int, training: dict[str, Any], seen_settings: dict[str, Any]
 ) -> str:
     """Return the hash of everything that a run depends on, under which results.json stores it.
 
     Args:
         encoder: its name.
-        images: hash of the encoder and of the images as it sees them.
+        feature_hash: hash of the encoder and of the images as it sees them.
     """
     row = PROTOCOLS[protocol]
     used = training if row.preset else {}
-    depends_on = (protocol, row.definition, encoder, images, seed, used, *seen_settings.items())
+    depends_on = (protocol, row.definition, encoder, feature_hash, seed, used, *seen_settings.items())
     return hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
 
 

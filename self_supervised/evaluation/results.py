@@ -49,7 +49,7 @@ class Results:
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
         self.encoder_settings: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
-        self.files: dict[str, str] = {}  # encoder -> SHA-256 of the checkpoint, if it is in this one
+        self.checkpoint_hashes: dict[str, str] = {}  # encoder -> SHA-256 of the checkpoint, if it is in this one
         self.earlier_config = stored["config"]
         self.refuse_others = False  # whether results of another checkpoint are an error
 
@@ -62,8 +62,12 @@ class Results:
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
-    def keep_encoders(
-        self, hashes: dict[str, str], seen: dict[str, Any], files: dict[str, str], refuse_others: bool = False
+    def drop_other_weights(
+        self,
+        hashes: dict[str, str],
+        seen: dict[str, Any],
+        checkpoint_hashes: dict[str, str],
+        refuse_others: bool = False,
     ) -> None:
         """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. Hashes may
         depend on the settings OF_ENCODER; where these differ, the SHA-256 of the checkpoints are compared.
@@ -71,7 +75,8 @@ class Results:
         Raises:
             ValueError: with `refuse_others`, if runs of another checkpoint would be dropped, now or by `add`.
         """
-        self.hashes, self.encoder_settings, self.files = hashes, encoder_settings_in(seen), files
+        self.hashes, self.encoder_settings = hashes, encoder_settings_in(seen)
+        self.checkpoint_hashes = checkpoint_hashes
         self.refuse_others = refuse_others
         self.runs = self.kept_of(self.runs, self.earlier_config)
 
@@ -96,7 +101,7 @@ class Results:
         if encoder_settings_in(run.get("seen", {})) == self.encoder_settings:
             return self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
         file = run.get("file")  # which earlier versions did not store
-        return self.files.get(run["encoder"], file) == file or file is None
+        return self.checkpoint_hashes.get(run["encoder"], file) == file or file is None
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
         """Set what the latest evaluation on a data set depends on."""

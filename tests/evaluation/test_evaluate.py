@@ -245,7 +245,7 @@ def test_an_evaluation_does_not_delete_the_results_of_another_one_that_runs(tmp_
     def started(name):
         one = results.Results(tmp_path)
         one.begin("digits", {"checkpoint": name, "encoders": {}, "versions": {}})
-        one.keep_encoders({"trained": name}, {}, {}, refuse_others=True)
+        one.drop_other_weights({"trained": name}, {}, {}, refuse_others=True)
         return one, {"protocol": "knn", "dataset": "digits", "encoder": "trained", "seed": 0, "key": name, "hash": name}
 
     told = {"scores": {"acc": 1.0}, "seconds": 1, "definition": "", "source": ""}
