@@ -15,12 +15,15 @@ import processes
 import pytest
 import torch
 from pytorch_lightning.utilities import rank_zero_only
+from torch import nn
 
 import train_blog
 from linear_classifier import LinearClassifierMethod
+from model_params import SimCLRParams
 from self_supervised import __main__ as entry
 from self_supervised import demo, train
 from self_supervised.runs import command_line, earlier_run
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import checkpoints
 
 # Lightning resets its progress bar's file handles late; collapse is what some of the blog's configurations show.
@@ -216,6 +219,19 @@ def test_train_takes_any_field_and_evaluates_what_it_saved(monkeypatch, tmp_path
     assert linear.params.encoder_arch == "shufflenet_v2_x0_5"
     settings = torch.load(tmp_path / "run" / "pretrained.ckpt", weights_only=True)["hyper_parameters"]
     assert settings["transform_crop_scale_min"] == [0.5, 0.4] and settings["lars_warmup_epochs"] == 0
+
+
+def test_a_run_trains_an_encoder_of_the_user_in_place_and_a_classifier_on_it(tmp_path):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+    start = encoder[1].weight.detach().clone()
+    params = SimCLRParams(dataset_name="digits", batch_size=64, max_epochs=1, dim=4, seed=0, evaluations=[])
+    options = RunOptions(linear_epochs=1, limit_train_batches=2, limit_val_batches=1, accelerator="cpu")
+    results = train.run_or_resume(tmp_path / "run", "simclr", options, params, encoder, batch_size=16)
+    assert 0 <= results["linear classifier"]["valid_acc1"] <= 100
+    saved = torch.load(tmp_path / "run/pretrained.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["model.1.weight"], encoder[1].weight) and not torch.equal(start, encoder[1].weight)
+    linear = LinearClassifierMethod.load_from_checkpoint(tmp_path / "run/linear.ckpt", encoder=encoder)
+    assert linear.params.batch_size == 16 and json.loads((tmp_path / "run/results.json").read_text()) == results
 
 
 @pytest.mark.parametrize("arguments", [["byoll"], ["byol", "--learning_rate", "1"]])
