@@ -44,7 +44,7 @@ from self_supervised.training.fit_checks import refuse_callbacks, refuse_last_ba
 from self_supervised.training.hyperparameters import Given, resolve
 from self_supervised.training.parameter_groups import check_matches, layer_groups
 from self_supervised.training.plan import get_plan
-from self_supervised.training.schedules import classifier_rate
+from self_supervised.training.schedules import classifier_lr_fraction
 from self_supervised.views import augmentations
 
 SCORES = ("loss", "acc1", "acc5")
@@ -228,8 +228,8 @@ class LinearClassifierMethod(BaseMethod):
 
     def configure_optimizers(self) -> dict:
         self.plan = get_plan(self.params, self.trainer, self.params.warmup_epochs)
-        rate = partial(classifier_rate, self.params.lr_schedule, self.plan)
-        return optimizers.with_schedule(self.params, self.plan, self.parameter_groups(), rate)
+        fraction = partial(classifier_lr_fraction, self.params.lr_schedule, self.plan)
+        return optimizers.with_schedule(self.params, self.plan, self.parameter_groups(), fraction)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups, with learning rates before `lr_scaling`.

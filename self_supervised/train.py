@@ -245,7 +245,7 @@ def run_or_resume(
 
         trainer.callbacks.append(LambdaCallback(on_train_start=write_plan))
         trainer.loggers = trackers.get_loggers(out, "pretraining", options, step)
-        table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
+        table = parameter_groups.printed(model.parameter_table(), params.optimizer_name, params.lr_scaling)
         write_on_rank_zero(out / "parameters.txt", table)
         pretrain_stage(trainer, model, resumed, out, results, start_name)
         write_plan()  # of a training that was complete

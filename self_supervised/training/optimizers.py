@@ -11,7 +11,7 @@ from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.networks.modules import plain_name
 from self_supervised.training.plan import Plan
 from self_supervised.training.resuming import MAKE_GROUPS
-from self_supervised.training.schedules import Fraction, Schedule, pretraining_rate
+from self_supervised.training.schedules import Fraction, Schedule, pretraining_lr_fraction
 
 
 def for_pretraining(params: ModelParams, plan: Plan, groups: list[dict]) -> dict:
@@ -25,7 +25,7 @@ def for_pretraining(params: ModelParams, plan: Plan, groups: list[dict]) -> dict
         rank_zero_warn(
             f"lr_decay_steps={late} are beyond the {plan.steps} steps of the training: lr does not fall there"
         )
-    return with_schedule(params, plan, groups, partial(pretraining_rate, params, plan))
+    return with_schedule(params, plan, groups, partial(pretraining_lr_fraction, params, plan))
 
 
 def with_schedule(params: EncoderAndDataParams, plan: Plan, groups: list[dict], fraction: Fraction) -> dict:

@@ -185,12 +185,13 @@ def optimizer_groups(
     ]
 
 
-def printed(rows: list[ParameterRow], optimizer_name: str) -> str:
+def printed(rows: list[ParameterRow], optimizer_name: str, lr_scaling: str | None = None) -> str:
     """Return the table as text, one line per parameter, with the columns that concern this optimizer."""
+    lr = "lr" if lr_scaling is None else "lr before lr_scaling"
     cells = {
         "parameter": [row.name for row in rows],
         "shape": [" x ".join(map(str, row.shape)) or "1" for row in rows],
-        "lr": [f"{row.lr:.4g}" for row in rows],
+        lr: [f"{row.lr:.4g}" for row in rows],
         "layer": [f"{row.layer_factor:.4g}" for row in rows],
         "momentum": [f"{row.momentum:.4g}" for row in rows],
         "decay": [f"{row.weight_decay:.4g}" for row in rows],

@@ -1,4 +1,12 @@
-"""Schedules: functions of the optimizer step, or of the progress from 0 to 1."""
+"""Schedules: functions of the optimizer step, or of the progress from 0 to 1.
+
+The learning rate that an optimizer applies to a parameter comes from `params.lr` in three steps:
+
+1. `layer_decay` and `parameter_options` change it for the parameter (`lr` of parameter_groups.ParameterRow).
+2. `lr_scaling` multiplies it by `plan.lr_factor` (`initial_lr` of the optimizer's group). The log shows `plan.lr`,
+   which is `params.lr` times this factor.
+3. At each step it is multiplied by a fraction, of the functions below (`lr` of the group; metrics.csv has the highest).
+"""
 
 import math
 from collections.abc import Callable
@@ -65,7 +73,7 @@ def warmup_then(
 # ---- Schedules of a training ----
 
 
-def pretraining_rate(params: ModelParams, plan: Plan, step: int) -> float:
+def pretraining_lr_fraction(params: ModelParams, plan: Plan, step: int) -> float:
     """Return the fraction of the highest learning rate: a linear warm-up, then the curve of `lr_schedule`."""
     p = params
     if step < plan.warmup_steps:
@@ -78,7 +86,7 @@ def pretraining_rate(params: ModelParams, plan: Plan, step: int) -> float:
     return CURVE_FUNCTIONS[p.lr_schedule](1.0, end, progress)
 
 
-def classifier_rate(schedule: str, plan: Plan, step: int) -> float:
+def classifier_lr_fraction(schedule: str, plan: Plan, step: int) -> float:
     """Return the fraction of a classifier's highest learning rate: a linear warm-up, then half a cosine to 0
     ("cosine") or a tenth from 60 % and a hundredth from 80 % of the training on ("steps")."""
     if schedule == "steps":

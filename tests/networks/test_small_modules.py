@@ -41,15 +41,15 @@ def test_warmup_then_cosine_equals_pytorchs_schedulers():
     warmup = rates(torch.optim.lr_scheduler.LinearLR(first, start_factor=1 / 10, total_iters=9), 10)
     annealing = rates(torch.optim.lr_scheduler.CosineAnnealingLR(second, T_max=40, eta_min=0.0), 41)
     plan = Plan(processes=1, accumulated=1, batch_size=1, lr=1.0, steps=50, steps_per_epoch=5, warmup_steps=10)
-    found = [schedules.classifier_rate("cosine", plan, s) for s in range(51)]
+    found = [schedules.classifier_lr_fraction("cosine", plan, s) for s in range(51)]
     assert found == pytest.approx(warmup + annealing)
 
 
 def test_no_warmup_and_a_warmup_longer_than_the_training():
     plan = Plan(processes=1, accumulated=1, batch_size=1, lr=1.0, steps=10, steps_per_epoch=5)
-    assert schedules.classifier_rate("cosine", plan, 0) == 1
+    assert schedules.classifier_lr_fraction("cosine", plan, 0) == 1
     short = evolve(plan, steps=2, warmup_steps=4)
-    assert [schedules.classifier_rate("cosine", short, s) for s in range(3)] == [0.25, 0.5, 0.75]
+    assert [schedules.classifier_lr_fraction("cosine", short, s) for s in range(3)] == [0.25, 0.5, 0.75]
 
 
 def test_steps_down():

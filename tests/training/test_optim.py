@@ -87,6 +87,8 @@ def test_the_printed_table_has_the_columns_of_its_optimizer(optimizer, head, met
     text = parameter_groups.printed(model.parameter_table(), optimizer).splitlines()
     assert text[0].split() == ["parameter", "shape", "lr", *head.split()]
     assert text[1].split()[-1] == {"lars": "yes", "sgd": "0.0001", "adamw": "0.1"}[optimizer]
+    scaled = parameter_groups.printed(model.parameter_table(), optimizer, "linear").splitlines()
+    assert " lr before lr_scaling " in scaled[0] and scaled[1].split() == text[1].split()
 
 
 def test_options_by_regular_expression(method):
@@ -296,10 +298,10 @@ def test_learning_rates_equal_pytorchs_schedulers(name, small):
     fields |= {"lr_decay_steps": [3, 6], "lr_decay_factor": 0.5} if name == "steps" else {}
     p = small(**fields)
     plan = Plan(1, 1, 16, 0.4, 40, 5)
-    found = [0.4 * schedules.pretraining_rate(p, plan, step) for step in range(41)]
+    found = [0.4 * schedules.pretraining_lr_fraction(p, plan, step) for step in range(41)]
     assert found == pytest.approx(torchs(SCHEDULES[name], 41))
     plan = Plan(1, 1, 16, 0.4, 50, 5, warmup_steps=10)
-    found = [0.4 * schedules.pretraining_rate(p, plan, step) for step in range(51)]
+    found = [0.4 * schedules.pretraining_lr_fraction(p, plan, step) for step in range(51)]
     first = [0.08 + (0.4 - 0.08) * (step + 1) / 10 for step in range(10)]
     # Decay steps count epochs from the start of the training; other curves start after the warm-up.
     later = torchs(SCHEDULES[name], 51)[10:] if name == "steps" else torchs(SCHEDULES[name], 41)
@@ -308,7 +310,7 @@ def test_learning_rates_equal_pytorchs_schedulers(name, small):
 
 def test_steps_do_not_fall_below_the_final_learning_rate(small):
     p = small(lr_schedule="steps", lr_decay_steps=[1, 2, 3], lr=0.1, final_lr_schedule_value=0.002)
-    found = [0.1 * schedules.pretraining_rate(p, Plan(1, 1, 16, 0.1, 40, 10), step) for step in (9, 10, 20, 30)]
+    found = [0.1 * schedules.pretraining_lr_fraction(p, Plan(1, 1, 16, 0.1, 40, 10), step) for step in (9, 10, 20, 30)]
     assert found == pytest.approx([0.1, 0.01, 0.002, 0.002])
 
 
