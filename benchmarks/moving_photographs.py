@@ -19,8 +19,8 @@ from PIL import Image
 
 from self_supervised.fields import as_path
 from self_supervised.numerics import generator
-from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import bar, parser_of
+from self_supervised.program import bar, one_line_errors
+from self_supervised.runs.command_line import parser_of
 from self_supervised.safe_files import atomic_folder, check_folder
 
 PHOTOGRAPHS = {

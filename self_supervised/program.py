@@ -1,11 +1,12 @@
 """What programs print: warnings and errors that the user or the machine caused as one line, a traceback for bugs of
-this library, and nothing that is not about the run."""
+this library, and nothing that is not about the run. At the end: a progress bar, and names in one line or a picture."""
 
 import logging
 import os
 import re
 import signal
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_only
+from rich.progress import MofNCompleteColumn, Progress
 
 EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, MisconfigurationException)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of PyTorch's RuntimeError
@@ -134,3 +136,26 @@ def message_of(error: Exception) -> str:
             text = re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
         lines = [text or type(error).__name__]
     return " ".join("; ".join([*lines, *getattr(error, "__notes__", [])]).split())
+
+
+# ---- Progress bar, names ----
+
+
+def bar() -> Progress:
+    """Return a progress bar that also counts its steps."""
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn())
+
+
+def in_one_line(name: str) -> str:
+    """Return the name of a class, run or file without line breaks, and with a replacement character for everything that
+    no font has: control characters, and bytes of a file name that are not text."""
+    shown = " ".join(name.split())
+    return "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in shown)
+
+
+def label(name: str, longest: int = 160) -> str:
+    """Return a name as a label for matplotlib, which reads text between dollar signs as a formula and omits names with
+    a leading underscore from legends."""
+    shown = in_one_line(name)
+    shown = (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown

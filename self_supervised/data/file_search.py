@@ -4,7 +4,6 @@ Data sets that have a name are below `data_path()`.
 """
 
 import os
-import unicodedata
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
+from self_supervised.program import in_one_line
 from self_supervised.safe_files import local_path
 
 ARRAY_SUFFIX = ".npy"
@@ -46,13 +46,6 @@ def is_hidden(path: str) -> bool:
     system, with copies or deleted images."""
     parts = path.split("/")
     return any((part.startswith(".") and part not in (".", "..")) or part in OF_THE_SYSTEM for part in parts)
-
-
-def in_one_line(name: str) -> str:
-    """Return the name of a class, run or file without line breaks, and with a replacement character for everything that
-    no font has: control characters, and bytes of a file name that are not text."""
-    shown = " ".join(name.split())
-    return "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in shown)
 
 
 class PassedOver(dict[str, list]):

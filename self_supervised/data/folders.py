@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from self_supervised.data.class_labels import MOST_NAMED, Label
-from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, in_one_line, tell_once
+from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell_once
 from self_supervised.data.files import OnDisk
 from self_supervised.fields import first_of
+from self_supervised.program import in_one_line
 from self_supervised.safe_files import atomic_write
 
 # split -> its names, in upper or lower case

@@ -15,7 +15,7 @@ from self_supervised.embeddings.sources import ImageSource, as_absolute, written
 from self_supervised.folder_lock import locked
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import finite
-from self_supervised.runs.command_line import bar
+from self_supervised.program import bar
 from self_supervised.safe_files import UNFINISHED
 
 SECONDS_OF_PART = 30  # after that time a part is written, even if it has few rows

@@ -13,9 +13,8 @@ import numpy as np
 from attrs import field, frozen
 from PIL import Image
 
-from self_supervised.data.file_search import in_one_line
 from self_supervised.embeddings.sources import ImageSource
-from self_supervised.runs.command_line import bar, label
+from self_supervised.program import bar, in_one_line, label
 from self_supervised.safe_files import to_json
 
 matplotlib.use("Agg")

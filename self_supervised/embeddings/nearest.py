@@ -15,7 +15,6 @@ import numpy as np
 from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 
-from self_supervised.data.file_search import in_one_line
 from self_supervised.data.image_files import preprocessing
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.batches import Batches
@@ -24,7 +23,7 @@ from self_supervised.embeddings.sources import Folder, ImageSource, picture_of, 
 from self_supervised.fields import as_path
 from self_supervised.networks.encoder_hash import checkpoint_hash, encoder_hash
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.program import one_line_errors
+from self_supervised.program import in_one_line, one_line_errors
 from self_supervised.runs.command_line import FEATURES, FOLDER, parser_of
 from self_supervised.safe_files import atomic_file, check_file
 

@@ -18,13 +18,12 @@ from model_params import EncoderAndDataParams
 from self_supervised.data.class_labels import lacking
 from self_supervised.data.data_sets import get_dataset
 from self_supervised.data.facts import count_classes, n_classes
-from self_supervised.data.file_search import in_one_line
 from self_supervised.evaluation import features, label_free, linear_models, probes, validation
 from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
 from self_supervised.linear_params import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethodParams
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import Scores
-from self_supervised.program import TERMINATED, end
+from self_supervised.program import TERMINATED, end, in_one_line
 
 # ---- protocols that are not one function of features ----
 

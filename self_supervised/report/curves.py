@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from self_supervised.fields import as_path
-from self_supervised.program import one_line_errors
+from self_supervised.program import label, one_line_errors
 from self_supervised.report import figures
-from self_supervised.runs.command_line import label, parser_of
+from self_supervised.runs.command_line import parser_of
 from self_supervised.safe_files import atomic_file, check_file
 from self_supervised.training import run_folder
 from self_supervised.training.monitor import COLLAPSED_STD

@@ -25,9 +25,8 @@ from self_supervised.embeddings.projection import TITLES, clustering, examples, 
 from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import generator
-from self_supervised.program import is_out_of_memory
+from self_supervised.program import bar, is_out_of_memory
 from self_supervised.runs import preview
-from self_supervised.runs.command_line import bar
 from self_supervised.training import checkpoints, run_folder
 
 QUERIES = 8

@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from self_supervised.data.file_search import in_one_line
 from self_supervised.embeddings.map_page import in_script
 from self_supervised.fields import as_path
-from self_supervised.program import one_line_errors
+from self_supervised.program import in_one_line, one_line_errors
 from self_supervised.report import compare, evaluations, figures, pictures, tables
 from self_supervised.runs.command_line import parser_of
 from self_supervised.safe_files import atomic_write, check_file

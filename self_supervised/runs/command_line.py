@@ -24,11 +24,9 @@ import attrs
 import jsonargparse
 import yaml
 from attrs import asdict
-from rich.progress import MofNCompleteColumn, Progress
 
 from model_params import LOSSES, PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised import recipes
-from self_supervised.data.file_search import in_one_line
 from self_supervised.fields import changed, expanded, plain, suggestion
 from self_supervised.runs.run_options import RUN_OPTION_NAMES, RunOptions
 from self_supervised.runs.values import (
@@ -89,22 +87,6 @@ class CommandParser(argparse.ArgumentParser):
         fail(message if message.endswith((".", "?")) else f"{message}. See --help.")
 
 
-# ---- Names in pictures, progress bar ----
-
-
-def label(name: str, longest: int = 160) -> str:
-    """Return a name as a label for matplotlib, which reads text between dollar signs as a formula and omits names with
-    a leading underscore from legends."""
-    shown = in_one_line(name)
-    shown = (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
-
-
-def bar() -> Progress:
-    """Return a progress bar that also counts its steps."""
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn())
-
-
 # ---- Help texts of fields ----
 
 
@@ -153,7 +135,7 @@ def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
 # ---- The parser of `self-supervised train` ----
 
 
-class Parser(jsonargparse.ArgumentParser):
+class TrainParser(jsonargparse.ArgumentParser):
     """Parser that reports errors in one line, and suggests names for unknown ones."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -178,18 +160,20 @@ def known_names() -> tuple[str, ...]:
     return *RUN_OPTION_NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
 
 
-def parser(preset: str, recipe: str | None = None) -> Parser:
+def train_parser(preset: str, recipe: str | None = None) -> TrainParser:
     """Return the parser of all options, with the values of a preset, or of its recipe, as defaults."""
     tried = ", ".join(recipes.tried_with(preset)) or "none"
     about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\nRecipes (--recipe NAME): {tried}\n{wrapped(VALUES)}"
     about += f"\nDefaults below: recipe {recipe}" if recipe else ""
     settings = recipes.recipe(preset, recipe) if recipe else PRESETS[preset]()
     # print_config=None: ours prints the validated settings. allow_abbrev: `parse` does not recognize --conf as --config
-    built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False)
-    built.add_argument(
+    parser = TrainParser(
+        usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False
+    )
+    parser.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file as --print_config writes it; options override it"
     )
-    built.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # accepts the key of a configuration file
+    parser.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # accepts the key of a configuration file
     pairs = [
         (kind, attribute) for kind in (RunOptions(recipe=recipe), settings) for attribute in attrs.fields(type(kind))
     ]
@@ -198,7 +182,7 @@ def parser(preset: str, recipe: str | None = None) -> Parser:
         heading, comment = field_comments(type(defaults))[attribute.name]
         heading = "common options" if attribute.name in COMMON else heading
         if heading not in groups:
-            groups[heading] = built.add_argument_group(heading)
+            groups[heading] = parser.add_argument_group(heading)
         default = getattr(defaults, attribute.name)
         groups[heading].add_argument(
             f"--{attribute.name}",
@@ -208,7 +192,7 @@ def parser(preset: str, recipe: str | None = None) -> Parser:
             help=f"{comment} (default: {text(default)})".strip().replace("%", "%%"),
             **({"nargs": "?", "const": True} if attribute.type is bool else {}),
         )
-    return built
+    return parser
 
 
 def place_in_help(name: str) -> int:
@@ -262,7 +246,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         fail(f"recipe={recipe!r}: must be a name, such as digits.")
     others = with_joined_lists(others, list_options(RunOptions, ModelParams))
     try:
-        values = parser(preset, recipe).parse_args(config + others).as_dict()  # the file first: options override it
+        values = train_parser(preset, recipe).parse_args(config + others).as_dict()  # options override the file
         if values["preset"] != preset:
             fail(f"preset={values['preset']}: the preset is {preset}. Leave --preset out; it is the first argument.")
         lists = [a.name for kind in (RunOptions, ModelParams) for a in attrs.fields(kind) if a.type == list[str]]

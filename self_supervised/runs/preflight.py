@@ -25,7 +25,7 @@ from self_supervised.data.image_files import ImageFiles
 from self_supervised.evaluation import validation
 from self_supervised.fields import first_of
 from self_supervised.linear_params import FROM_PRETRAINING, LinearClassifierMethodParams
-from self_supervised.runs.command_line import bar
+from self_supervised.program import bar
 from self_supervised.runs.earlier_run import temporary_lists
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.training.fit_checks import refuse_constant_heads

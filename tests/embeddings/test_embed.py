@@ -31,6 +31,7 @@ from videos import write_video
 
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams
+from self_supervised import program
 from self_supervised.data import data_sets
 from self_supervised.embeddings import embed, job, map_page, nearest, parquet, sources
 from self_supervised.embeddings import projection as embedding_map
@@ -39,7 +40,6 @@ from self_supervised.networks import encoders
 from self_supervised.networks.frozen_encoder import Encoder, Report
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import curves
-from self_supervised.runs import command_line
 
 N_DIGITS = 150
 OPTIONS = {"batch_size": 16, "num_workers": 0, "device": "cpu"}
@@ -884,4 +884,4 @@ def test_any_name_of_a_class_or_run_is_shown_as_it_is(name, tmp_path, monkeypatc
         map_page.plt.figure(figure).clear()
     tile = nearest.Tile(Image.new("RGB", (8, 8)), name, "0.9", (name,))
     assert nearest.neighbor_sheet([(tile, [tile])]).width > 100
-    assert command_line.in_one_line("line\nbreak") == "line break"
+    assert program.in_one_line("line\nbreak") == "line break"

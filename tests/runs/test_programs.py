@@ -316,7 +316,7 @@ def help_of(command: str, monkeypatch) -> list[argparse.Action]:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     if command == "train":
-        return command_line.parser("byol")._actions
+        return command_line.train_parser("byol")._actions
     run = train_blog.main if command == "train_blog" else partial(entry.main, [command])
     with pytest.raises(SystemExit):
         run()
