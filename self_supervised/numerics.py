@@ -1,5 +1,5 @@
-"""Numerics of features and weights: unit vectors of any scale, checks for NaN and infinity, the device that scores, and
-the random generator of the host."""
+"""Numerics of features and weights: unit vectors of any scale, ranks of labels, checks for NaN and infinity, dtype and
+device of losses and scores, tensors of views and terms joined, and the random generator of the host."""
 
 import math
 from collections.abc import Sequence
