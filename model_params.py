@@ -202,6 +202,9 @@ class EncoderAndDataParams:
     encoder_weights: str | None = path()
     low_resolution_stem: bool | None = None  # use a 3 x 3 stem without pooling; None: for ResNets up to 32 pixels
     zero_init_residual: bool = False  # start each residual block of a ResNet as the identity (last norm weight 0)
+    # stochastic depth of a timm encoder in training: probability of skipping the last residual branch for an image,
+    # lower in earlier ones of most models; None: timm's default (0.1 for Swin, 0 for most)
+    drop_path_rate: float | None = number(None, at_most=0.99)
     stem_variant: str = choice("standard", STEM_VARIANTS)  # variant of the 3 x 3 stem, to fit weights of other systems
     in_channels: int | None = positive(None)  # number of input channels; None: the data set's
     pooling_size: int = positive(1)  # cells per side of the last feature map, each averaged; 2: embeddings 4x as wide
@@ -407,6 +410,9 @@ def contradictions_of_encoder(params: EncoderAndDataParams) -> Contradictions:
         (p.zero_init_residual and not catalogue.is_resnet(p.encoder_arch),
          f"zero_init_residual=True does not fit encoder_arch={p.encoder_arch!r}. It needs a ResNet or ResNeXt of "
          "torchvision, or a ws_resnet. Choose one of them, or set zero_init_residual=False."),
+        (p.drop_path_rate is not None and not p.encoder_arch.startswith("timm:"),
+         f"drop_path_rate={p.drop_path_rate} does not fit encoder_arch={p.encoder_arch!r}. It is for timm's encoders. "
+         "Choose one of them (timm:NAME), build your own module with it, or leave it out."),
         (p.encoder_weights is not None and p.encoder_arch == catalogue.OWN_MODULE,
          f"encoder_weights={p.encoder_weights!r} cannot be loaded into your own module. Load them before you pass the "
          "module, and remove encoder_weights."),

@@ -126,11 +126,13 @@ def test_a_classifier_names_doubtful_settings(fields, lines, trainer, caplog):
     assert all(re.search(pattern, line) for pattern, line in zip(lines, said, strict=True))
 
 
-def test_activation_checkpointing_of_a_frozen_encoder_is_named():
+def test_what_only_the_training_of_an_encoder_has_is_named_if_it_is_frozen():
+    of_training = {"activation_checkpointing": True, "drop_path_rate": 0.1, "encoder_arch": "timm:test_vit"}
     for fields, said in (({}, True), ({"encoder_lr": 0.01}, False)):
-        params = LinearClassifierMethodParams(activation_checkpointing=True, lr=0.1, **fields)
+        params = LinearClassifierMethodParams(lr=0.1, **of_training, **fields)
         lines = advice.doubts_of_classifier(params, False)
-        assert any("activation_checkpointing=True: no effect" in line for line in lines) == said
+        for name in ("activation_checkpointing=True", "drop_path_rate=0.1"):
+            assert any(f"{name}: no effect on a frozen encoder" in line for line in lines) == said
 
 
 def test_a_pattern_of_a_classifier_that_matches_nothing_is_refused(trainer):

@@ -61,6 +61,7 @@ SENSIBLE = {
     "encoder_weights": st.none(),
     "low_resolution_stem": either(None, False, True),
     "zero_init_residual": st.booleans(),
+    "drop_path_rate": either(None, None, None, 0.1),
     "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "in_channels": either(None, 1, 2, 3),
     "pooling_size": either(1, 1, 1, 2),

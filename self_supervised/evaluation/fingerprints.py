@@ -26,7 +26,7 @@ WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # settings that change no
 # Settings that do not change the features, or that `settings_for_features` adds itself. All others, also those added
 # later, are part of the cache directory's name.
 UNUSED = (
-    "encoder_weights", "embedding_dim", "zero_init_residual", "pooling_size",  # of the encoder, which is hashed
+    "encoder_weights", "embedding_dim", "zero_init_residual", "drop_path_rate", "pooling_size",  # of the hashed encoder
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
     "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
     "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",

@@ -1,6 +1,7 @@
 """Building encoders: networks of torchvision, timm and this library, without classifiers, for the images' channels."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,20 +81,31 @@ def small_cnn(channels: int = 1, width: int | None = None) -> nn.Sequential:
     return nn.Sequential(*(layer for row in rows for layer in block(*row)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def build_timm(name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: bool = False) -> nn.Module:
+def build_timm(
+    name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: bool = False, drop_path_rate: float | None = None
+) -> nn.Module:
     """Return timm's model without its classifier.
 
     If it does not accept `image` [1, C, H, W], and timm can build it for another size (ViTs, Swin, ...), it is built
     for the size of `image`. Its attribute `built_for` then holds that option of timm.create_model. With `of_all_sizes`,
     a ViT also accepts images of other sizes, for which it interpolates its position embeddings.
+
+    Raises:
+        ValueError: timm's model has no stochastic depth, for which `drop_path_rate` is passed.
     """
     import timm  # optional, and slow to import
 
     def created(**more: Any) -> nn.Module:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image.shape[1], **more)
+        options = {
+            "num_classes": 0,
+            "in_chans": image.shape[1],
+            "drop_path_rate": drop_path_rate,
+        }  # None: not passed on
+        return timm.create_model(name, pretrained=pretrained, **options, **more)
 
     with data_only(f"the published weights of {name}"):
-        encoder, of_size = created(), {}
+        with no_stochastic_depth_explained(name, drop_path_rate):
+            encoder, of_size = created(), {}
         try:
             measured_width(encoder, image, name)
         except ValueError:
@@ -106,6 +118,20 @@ def build_timm(name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: b
         encoder.built_for = of_size
     warn_of_cut_border(encoder, name, image.shape[-1])
     return encoder
+
+
+@contextlib.contextmanager
+def no_stochastic_depth_explained(name: str, rate: float | None) -> Iterator[None]:
+    """Say in one line that timm's model does not take a `drop_path_rate`."""
+    try:
+        yield
+    except TypeError as error:
+        if rate is None or "drop_path_rate" not in str(error):
+            raise
+        raise ValueError(
+            f"drop_path_rate={rate}: timm's {name} has no stochastic depth. Choose another encoder_arch, such as "
+            "timm:vit_small_patch16_224, or leave it out."
+        ) from error
 
 
 def warn_of_cut_border(encoder: nn.Module, name: str, size: int) -> None:

@@ -110,7 +110,7 @@ def encoder_of_timm(p: EncoderAndDataParams, published: str | None) -> nn.Module
         raise ValueError(f"encoder_weights={published!r} is not a file; timm's weights are called 'DEFAULT'")
     name, image = p.encoder_arch.removeprefix("timm:"), torch.zeros(1, *p.input_shape)
     of_all_sizes = getattr(p, "n_small_views", 0) > 0  # settings of the linear stage have no views
-    encoder = builders.build_timm(name, published is not None, image, of_all_sizes)
+    encoder = builders.build_timm(name, published is not None, image, of_all_sizes, p.drop_path_rate)
     report_other_pixels(encoder, p, published)
     return encoder
 

@@ -85,7 +85,7 @@ def queue_of_this_process(queues: Tensor, same_number: bool) -> Tensor:
 
 
 def frozen_copy(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> nn.Module:
-    """Return a copy that is not trained.
+    """Return a copy that is not trained, and has no stochastic depth, as DINO's teacher.
 
     Args:
         input_shape: that of an image for a user's module; if passed, the copy is tried.
@@ -94,6 +94,9 @@ def frozen_copy(module: nn.Module, input_shape: tuple[int, ...] | None = None) -
         ValueError: the copy computes with weights of the original, because `forward` or a hook refers to it.
     """
     copied = copy.deepcopy(module).requires_grad_(False)
+    for part in copied.modules():
+        if type(part).__name__ == "DropPath":  # of timm, and of the DINO authors' ViT
+            part.drop_prob = 0.0
     if input_shape is not None and not is_independent(copied, module, input_shape):
         raise ValueError(
             "encoder: its copy, the lagging model, uses weights or features of the original, because forward or a hook "

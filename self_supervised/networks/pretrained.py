@@ -15,8 +15,8 @@ from self_supervised.networks import architectures, encoders, layouts, modules
 from self_supervised.networks.frozen_encoder import MEAN_AND_STD, SHARED_FIELDS, Encoder, Report, with_overrides
 from self_supervised.networks.published import is_published, of_videos, published
 
-# not taken over: evaluations and linear stages use all labeled images, and have room for activations
-NOT_TAKEN_OVER = {"data_fraction", "activation_checkpointing"}
+# not taken over: evaluations and linear stages use all labeled images and layers, and have room for activations
+NOT_TAKEN_OVER = {"data_fraction", "drop_path_rate", "activation_checkpointing"}
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # means of ImageNet's constants over the three channels
 
 

@@ -68,6 +68,8 @@ def encoder_text(params: ModelParams) -> str:
     stem = f", 3 x 3 stem ({p.stem_variant})" if p.low_resolution else ""
     if p.pooling_size > 1:
         stem += f", {p.pooling_size} x {p.pooling_size} cells of the last map"
+    if p.drop_path_rate is not None:
+        stem += f", stochastic depth up to {p.drop_path_rate:g}"
     start = f"starting from {p.encoder_weights}" if p.encoder_weights else "starting from random weights"
     return f"{p.encoder_arch}{stem}, {start}, input {' x '.join(map(str, p.input_shape))}"
 

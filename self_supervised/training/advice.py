@@ -217,9 +217,13 @@ def doubts_of_classifier(params: Any, requires_gradient: bool) -> list[str]:
     )
     frozen = "encoder_lr=None: the encoder stays frozen, although weights of it require a gradient. Set encoder_lr"
     stays_frozen = frozen if requires_gradient and p.encoder_lr is None else ""
-    of_memory = "activation_checkpointing=True: no effect on a frozen encoder. Set encoder_lr, or leave it out"
+    of_training = [name for name in ("activation_checkpointing", "drop_path_rate") if getattr(p, name)]
     lines = [without_effect(p, changed, CUSTOM_LOSS), of_frozen, stays_frozen]
-    lines += [of_memory] if p.activation_checkpointing and p.encoder_lr is None else []
+    lines += [
+        f"{name}={getattr(p, name)}: no effect on a frozen encoder. Set encoder_lr, or leave it out"
+        for name in of_training
+        if p.encoder_lr is None
+    ]
     return [line for line in lines if line]
 
 

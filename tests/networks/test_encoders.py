@@ -14,6 +14,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import catalogue
 from self_supervised.networks import builders, encoders, pretrained, published
+from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import load_encoder
 
 
@@ -254,6 +255,52 @@ def test_a_size_at_which_timms_vit_cuts_off_the_border_is_named(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict(), tmp_path / "vit.pt")
     with pytest.warns(UserWarning, match="transform_crop_size=40: .*teacher_crop_size"):
         load_encoder(tmp_path / "vit.pt", encoder_arch=vit, transform_crop_size=40)
+
+
+def drop_probabilities(network) -> set[float]:
+    return {round(layer.drop_prob, 3) for layer in network.modules() if hasattr(layer, "drop_prob")}
+
+
+def test_stochastic_depth_is_that_of_the_network_in_training_alone(tmp_path):
+    """Neither the lagging model has it, as the teacher of DINO's authors, nor an encoder of its checkpoint."""
+    pytest.importorskip("timm")
+    fields = {"encoder_arch": "timm:test_vit", "dataset_name": "cifar10", "K": 64, "seed": 0}
+    loaded = []
+    for rate in (0.5, None):
+        method = SelfSupervisedMethod("byol", **fields, drop_path_rate=rate)
+        x = torch.randn(8, 3, 32, 32)
+        for network, draws in ((method.model.train(), rate is not None), (method.lagging_model.train(), False)):
+            assert torch.equal(network(x), network(x)) != draws
+            assert (max(drop_probabilities(network), default=0) == 0.5) == draws
+        assert torch.equal(method.model.eval()(x), method.lagging_model(x))
+        save_checkpoint(method, tmp_path / "a.ckpt")
+        loaded.append(load_encoder(tmp_path / "a.ckpt"))
+        assert not drop_probabilities(loaded[-1]) and loaded[-1].params.drop_path_rate is None
+    assert encoder_hash(loaded[0]) == encoder_hash(loaded[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "drop_path_rate=0.1 does not fit encoder_arch='resnet18'. It is for timm's encoders. Choose"),
+        ("module", "does not fit encoder_arch='module'. .*build your own module with it"),
+        ("timm:densenet121", "drop_path_rate=0.1: timm's densenet121 has no stochastic depth. Choose another"),
+    ],
+)
+def test_stochastic_depth_is_refused_where_the_encoder_has_none(name, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, drop_path_rate=0.1)
+
+
+@pytest.mark.slow
+def test_without_a_rate_timms_own_stays():
+    timm = pytest.importorskip("timm")
+    image, own = torch.zeros(1, 3, 32, 32), timm.create_model("swin_tiny_patch4_window7_224", img_size=32)
+    assert drop_probabilities(own) == drop_probabilities(
+        builders.build_timm("swin_tiny_patch4_window7_224", False, image)
+    )
+    rates = drop_probabilities(builders.build_timm("swin_tiny_patch4_window7_224", False, image, drop_path_rate=0.0))
+    assert rates <= {0.0} < drop_probabilities(own) | {0.0}
 
 
 def clips(name, size=16, frames=4, **fields):

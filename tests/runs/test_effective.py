@@ -109,6 +109,7 @@ def test_statistics_that_are_computed_at_the_start_are_not_those_of_the_data_set
         ("nnclr", {}, "loss", "keys replaced by their nearest neighbors in a queue of 98304 keys"),
         ("swav", {}, "loss", "assignments together with a queue of 3840 keys from epoch 15"),
         ("distill", {"teacher": "timm:resnet50"}, "loss", "keys of the teacher timm:resnet50"),
+        ("dino", {"encoder_arch": "timm:test_vit", "drop_path_rate": 0.1}, "encoder", "stochastic depth up to 0.1"),
         ("emp_ssl", {}, "optimizer", "clipped to the learning rate"),
     ],
 )
