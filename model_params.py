@@ -35,6 +35,7 @@ from self_supervised.fields import (
     Presets,
     WholePerView,
     as_path,
+    betas,
     check_parameter_options,
     check_types,
     choice,
@@ -587,6 +588,7 @@ class ModelParams(EncoderAndDataParams):
     optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw", "adam"))  # optimizer; lars: for large batches
     lr: float = positive(0.5, at_most=1000)  # peak learning rate, reached after the warm-up
     momentum: float = fraction(0.9)  # momentum of sgd and lars
+    adam_betas: list[float] = betas()  # decay rates of the means of gradients and of their squares, of adam and adamw
     weight_decay: float = non_negative(1e-4, at_most=1000)  # weight decay; not applied to excluded parameters
     max_epochs: int = positive(320)  # number of epochs (in Python, pass it to the Trainer, which schedules follow)
     lars_eta: float = positive(1e-3, at_most=1000)  # trust coefficient of lars

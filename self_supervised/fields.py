@@ -56,15 +56,24 @@ non_negative = partial(number, at_least=0)
 fraction = partial(number, at_least=0, at_most=1)
 
 
-def numbers(default: tuple[float, ...] = (), at_least: float = 0, at_most: float = LARGEST) -> Any:
-    """Return a field for a list of numbers, which may be empty only if the default is."""
+def numbers(
+    default: tuple[float, ...] = (), at_least: float = 0, at_most: float = LARGEST, length: int | None = None
+) -> Any:
+    """Return a field for a list of numbers, which may be empty only if the default is.
+
+    Args:
+        length: how many there are; None: any number.
+    """
 
     def check(_: Any, attribute: Attribute, value: Any) -> None:
-        if not isinstance(value, list) or (default and not value):
-            raise ValueError(f"{attribute.name}={value!r} must be a list of numbers")
+        if not isinstance(value, list) or (default and not value) or len(value) != (length or len(value)):
+            raise ValueError(f"{attribute.name}={value!r} must be a list of {f'{length} ' if length else ''}numbers")
         check_each(attribute, value, at_least, at_most)
 
     return field(factory=lambda: list(default), converter=plain, validator=check)
+
+
+betas = partial(numbers, (0.9, 0.999), at_most=0.999999, length=2)  # of Adam, which needs numbers below 1
 
 
 def per_view(default: float | None, at_least: float = 0, at_most: float = 1) -> Any:

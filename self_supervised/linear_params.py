@@ -4,7 +4,7 @@ from attrs import field, frozen
 
 from model_params import DATASET_DEFAULTS, TRAINING_ONLY, Contradictions, EncoderAndDataParams, refuse
 from self_supervised.catalogue import NORMS_AND_BIASES
-from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, positive, readable
+from self_supervised.fields import Preset, Presets, betas, choice, fraction, non_negative, number, positive, readable
 
 
 @readable
@@ -34,6 +34,7 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
     optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))  # optimizer; lars: for large batches
     lr: float = positive(30.0)  # peak learning rate of the classifier
     momentum: float = fraction(0.9)  # momentum of sgd and lars
+    adam_betas: list[float] = betas()  # decay rates of the means of gradients and of their squares, of adamw
     nesterov: bool = False  # use Nesterov's momentum, with sgd
     weight_decay: float = non_negative(0.0)  # weight decay; not applied to excluded parameters
     max_epochs: int = positive(100)  # number of epochs (in Python, pass it to the Trainer, which schedules follow)

@@ -279,6 +279,7 @@ def test_the_rates_over_the_training(schedule, trainer):
 @pytest.mark.parametrize("fields, reference", [
     ({"nesterov": True}, lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True)),
     ({"optimizer_name": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)),
+    ({"optimizer_name": "adamw", "adam_betas": [0, 0.9]}, lambda p: torch.optim.AdamW(p, 0.1, (0.0, 0.9), 1e-8, 0)),
     ({**LARS_FIELDS, "weight_decay": 0.01}, lambda p: lars([*p])),
 ])  # fmt: skip
 def test_fine_tuning_is_plain_pytorch(fields, reference, trainer):

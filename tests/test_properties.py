@@ -145,6 +145,7 @@ SENSIBLE = {
     ),
     "lr": either(1e-8, 1e-4, 0.05, 0.5, 3.2, 30, 1000.0) | st.floats(1e-6, 10),
     "momentum": SHARE,
+    "adam_betas": either([0.9, 0.999], (0.9, 0.95), [0, 0.5]),
     "weight_decay": either(0, 1e-6, 1e-4, 0.1, 1.0),
     "max_epochs": either(1, 2, 1000),
     "final_lr_schedule_value": either(0, 0.0, 1e-6, 0.002, 1),

@@ -177,8 +177,8 @@ def optimizer_text(params: ModelParams) -> str:
     p = params
     parts = [p.optimizer_name]
     if p.optimizer_name in ADAMS:
-        defaults = inspect.signature(ADAMS[p.optimizer_name]).parameters
-        parts += [f"betas {list(defaults['betas'].default)}, eps {defaults['eps'].default:g}"]
+        eps = inspect.signature(ADAMS[p.optimizer_name]).parameters["eps"].default
+        parts += [f"betas {p.adam_betas}, eps {eps:g}"]
     else:
         parts += [f"momentum {p.momentum:g}"]
     if p.optimizer_name == "lars":

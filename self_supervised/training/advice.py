@@ -20,6 +20,7 @@ from model_params import (
     losses_with,
     nearest_preset,
 )
+from self_supervised.fields import defaults
 from self_supervised.training.plan import Plan, epochs_text, resolved_warmup_epochs
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
@@ -145,6 +146,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     **{"pack_images": {IMAGE_FILES: None}, "unreadable_images": {FILES: None}, "exif_orientation": {EXIF: None}},
     **{"stem_variant": {LOW_RESOLUTION: None}, "data_seed": {PART_OF_DATA: None}},
     "momentum": {"optimizer_name": ("sgd", "lars")},
+    "adam_betas": {"optimizer_name": ("adamw", "adam")},
     **dict.fromkeys(("lars_eta", "grad_clip_lars"), {"optimizer_name": ("lars",)}),
     "lars_warmup_epochs": {"optimizer_name": ("lars",), "warmup_epochs": (None,)},
     "warmup_start_lr": {WARMUP: None},
@@ -154,7 +156,13 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "zero_init_residual": {"encoder_weights": (None,)},
     "held_out_fraction": {"validate_on": ("held_out",)},
 }
-OF_CLASSIFIER = ("momentum", "lars_eta", "lr_batch_size", "held_out_fraction")  # rows for a linear classifier as well
+OF_CLASSIFIER = (
+    "momentum",
+    "adam_betas",
+    "lars_eta",
+    "lr_batch_size",
+    "held_out_fraction",
+)  # rows for a linear classifier as well
 
 
 def frozen_since(before: set[str], now: set[str]) -> list[str]:
@@ -208,11 +216,11 @@ def doubts_of_classifier(params: Any, requires_gradient: bool) -> list[str]:
     Args:
         requires_gradient: whether weights of the encoder do.
     """
-    p, own = params, attrs.fields_dict(type(params))
-    changed = [name for name in OF_CLASSIFIER if getattr(p, name) != own[name].default]
+    p, own = params, defaults(type(params), ("lr", *OF_CLASSIFIER))
+    changed = [name for name in OF_CLASSIFIER if getattr(p, name) != own[name]]
     of_frozen = (
         f"lr={p.lr:g} is meant for a frozen encoder and SGD. Set lr, such as 0.1 with sgd and 0.001 with adamw"
-        if p.lr == own["lr"].default and (p.encoder_lr is not None or p.optimizer_name == "adamw")
+        if p.lr == own["lr"] and (p.encoder_lr is not None or p.optimizer_name == "adamw")
         else ""
     )
     frozen = "encoder_lr=None: the encoder stays frozen, although weights of it require a gradient. Set encoder_lr"

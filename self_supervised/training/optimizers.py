@@ -63,7 +63,7 @@ def get_optimizer(params: EncoderAndDataParams, groups: list[dict], lr: float) -
     else:
         groups = [without(group, "adapt", "momentum") for group in groups]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[p.optimizer_name]
-        optimizer = kind(groups, lr, weight_decay=p.weight_decay)
+        optimizer = kind(groups, lr, tuple(map(float, p.adam_betas)), weight_decay=p.weight_decay)
     optimizer.register_load_state_dict_pre_hook(with_own_settings)
     return optimizer
 

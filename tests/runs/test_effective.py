@@ -88,6 +88,8 @@ def test_defaults_of_adam_are_those_of_the_optimizer(name, kind):
     defaults = kind([torch.zeros(1)]).defaults
     words = effective_settings(SimCLRParams(optimizer_name=name, lr=1e-3))["optimizer"]
     assert f"betas {list(defaults['betas'])}, eps {defaults['eps']:g}" in words
+    others = effective_settings(SimCLRParams(optimizer_name=name, lr=1e-3, adam_betas=(0.9, 0.95)))["optimizer"]
+    assert "betas [0.9, 0.95], " in others
 
 
 def test_statistics_that_are_computed_at_the_start_are_not_those_of_the_data_set():

@@ -79,7 +79,7 @@ OTHER = {  # values where none can be derived from the present one
     "parameter_options": ([{"pattern": "bias", "lr_mult": 2.0}],), "final_weight_decay": (0.5,),
     "projection_mlp_hidden_dims": ([5], [5, 5]), "prediction_mlp_hidden_dims": ([5],), "weight_decay": (0.3,),
     "sce_target_T_warmup_start": (0.3,), "sce_target_T_final": (0.3,), "T": (0.4,), "lr": (0.2,), "m": (0.5,),
-    "n_virtual_devices": (1,), "dcl_sigma": (0.8,),
+    "n_virtual_devices": (1,), "dcl_sigma": (0.8,), "adam_betas": ([0.8, 0.99],),
 }  # fmt: skip
 
 

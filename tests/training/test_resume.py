@@ -356,6 +356,7 @@ OPTION = {"pattern": "projection", "lr_mult": 0.1, "weight_decay": 0.2}
         (pretraining, "lars", {"lars_eta": 0.02, "grad_clip_lars": True, "lr": 0.3}),
         (pretraining, "lars", {"exclude_matching_parameters_from_lars": [".bias", ".bn"]}),
         (pretraining, "adam", {"lr": 0.001, "weight_decay": 0.02}),
+        (pretraining, "adamw", {"adam_betas": [0.5, 0.9]}),
         (pretraining, "adamw", {"final_weight_decay": 0.1}),
         (pretraining, "adamw", {"parameter_options": [OPTION], "layer_decay": 0.5}),
         (pretraining, "sgd", {"K": 40, "T": 0.5, "m": 0.9, "seed": 4}),
