@@ -96,12 +96,8 @@ def build_timm(
     import timm  # optional, and slow to import
 
     def created(**more: Any) -> nn.Module:
-        options = {
-            "num_classes": 0,
-            "in_chans": image.shape[1],
-            "drop_path_rate": drop_path_rate,
-        }  # None: not passed on
-        return timm.create_model(name, pretrained=pretrained, **options, **more)
+        more |= {"num_classes": 0, "in_chans": image.shape[1], "drop_path_rate": drop_path_rate}  # None: not passed on
+        return timm.create_model(name, pretrained=pretrained, **more)
 
     with data_only(f"the published weights of {name}"):
         with no_stochastic_depth_explained(name, drop_path_rate):

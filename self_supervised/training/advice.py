@@ -156,13 +156,8 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "zero_init_residual": {"encoder_weights": (None,)},
     "held_out_fraction": {"validate_on": ("held_out",)},
 }
-OF_CLASSIFIER = (
-    "momentum",
-    "adam_betas",
-    "lars_eta",
-    "lr_batch_size",
-    "held_out_fraction",
-)  # rows for a linear classifier as well
+# rows for a linear classifier as well
+OF_CLASSIFIER = ("momentum", "adam_betas", "lars_eta", "lr_batch_size", "held_out_fraction")
 
 
 def frozen_since(before: set[str], now: set[str]) -> list[str]:
