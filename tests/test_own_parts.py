@@ -15,7 +15,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS, BYOLParams, VICRegParams
 from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.training import advice
+from self_supervised.training import advice, fit_checks
 
 
 class Net(nn.Module):
@@ -181,6 +181,19 @@ def test_shuffled_batch_norm_without_batch_norm_is_named(small, trainer, caplog)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
         trainer().fit(SelfSupervisedMethod(small(**settings, evaluations=[]), encoder=encoder), images())
         assert ("shuffle_batch_norm=True: no effect" in caplog.text) == said
+
+
+@pytest.mark.parametrize(("norm", "world_size", "said"), [("bn", 2, True), ("bn", 1, False), ("br", 2, False)])
+def test_shuffled_batch_norm_that_is_synchronized_is_named(norm, world_size, said, small, monkeypatch):
+    """Not batch renorm, which stays as it is, nor a single process, on which nothing is synchronized."""
+    settings = {"mlp_normalization": norm, "projection_mlp_layers": 2, "shuffle_batch_norm": True}
+    model = SelfSupervisedMethod(
+        small(**settings, evaluations=[]), encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+    )
+    monkeypatch.setattr(fit_checks.distributed, "world_size", lambda: world_size)
+    assert fit_checks.doubts_of_shuffling(model) == []
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as Trainer(sync_batchnorm=True) does
+    assert fit_checks.doubts_of_shuffling(model) == ([fit_checks.SYNCHRONIZED] if said else [])
 
 
 def test_a_lower_lr_lowers_the_ends_of_its_schedule(small):

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from torch.nn import SyncBatchNorm
 
 from model_params import DROP_LAST, PROTOTYPE_LOSSES, ModelParams, normalized_layers
 from self_supervised import distributed
@@ -32,6 +33,10 @@ HOOKS = (  # those of ours that a subclass may extend, but not replace
 )  # fmt: skip
 LOST_LOSS = "these weights were trained with a loss of your own, and are trained with loss_type now. Pass loss, too"
 UNSHUFFLED = "shuffle_batch_norm=True: no effect on networks without batch normalization. Set it to False"
+SYNCHRONIZED = (
+    "shuffle_batch_norm=True: no effect with sync_batchnorm=True, whose statistics are those of all images in any "
+    "order. Set one of them to False"
+)
 OTHER_LAGGING = (
     "the lagging model starts from other weights than the model. If you have loaded weights into the model only, load "
     "them before you build the method (encoder=...), or set encoder_weights"
@@ -133,8 +138,8 @@ def refuse_last_batch_of_one(method: pl.LightningModule) -> None:
 
 
 def doubts_at_start(method: pl.LightningModule) -> list[str]:
-    """Return the lines of `advice`, on a loss of the user that was not passed again, on shuffling without batch norm,
-    and on a lagging model that starts from other weights.
+    """Return the lines of `advice`, on a loss of the user that was not passed again, on shuffling in vain, and on a
+    lagging model that starts from other weights.
 
     Raises:
         ValueError: the lagging model has parameters of other shapes, because a network was replaced.
@@ -145,7 +150,7 @@ def doubts_at_start(method: pl.LightningModule) -> list[str]:
     lines = advice.doubts(p, method.plan, advice.CUSTOM_LOSS if replaces_all else p.loss_type, has_own_optimizer)
     lines += advice.doubts_of_max_epochs(p, method.trainer)
     lines += [LOST_LOSS] if method.lost_loss and method.custom_loss is None else []
-    lines += [UNSHUFFLED] if p.shuffle_batch_norm and not modules.has_batch_norm(method) else []
+    lines += doubts_of_shuffling(method) if p.shuffle_batch_norm else []
     weights = [tuple(list(network.parameters()) for network in pair) for pair in method.lagging_pairs()]
     if any([w.shape for w in lagging] != [w.shape for w in online] for lagging, online in weights):
         raise ValueError(
@@ -156,6 +161,15 @@ def doubts_at_start(method: pl.LightningModule) -> list[str]:
         return []  # a Tuner tries batch sizes or learning rates, without callbacks and from step 0 each time
     same = all(torch.equal(*each) for lagging, online in weights for each in zip(lagging, online, strict=True))
     return lines if same or method.was_trained or method.global_step > 0 else [*lines, OTHER_LAGGING]
+
+
+def doubts_of_shuffling(method: pl.LightningModule) -> list[str]:
+    """Return a line if `shuffle_batch_norm` does not change the batch statistics of keys."""
+    if not modules.has_batch_norm(method):
+        return [UNSHUFFLED]
+    layers = (layer for layer in method.modules() if hasattr(layer, "running_mean"))
+    is_synchronized = distributed.world_size() > 1 and all(isinstance(layer, SyncBatchNorm) for layer in layers)
+    return [SYNCHRONIZED] if is_synchronized else []
 
 
 def refuse_constant_heads(params: ModelParams) -> None:
