@@ -6,6 +6,7 @@ scikit-learn's probe. Features may have any scale. Features that are not finite 
 """
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +25,7 @@ from self_supervised.evaluation.linear_models import accuracy, linear_logits, pe
 from self_supervised.numerics import NotFinite, Scores, finite, on_scoring_device, rescaled, unit
 
 PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
+SLOW_PROBE = 20  # seconds of a fit from which a GPU should do it
 KNN_T = 0.07  # temperature of the votes of neighbors
 
 
@@ -51,11 +53,22 @@ def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float
     many small steps take much longer."""
     x, test_x = (part.cpu().numpy() for part in within_span(train_x, test_x))
     classifier = LogisticRegression(C=1 / decay, max_iter=1000)
+    start = time.perf_counter()
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # float32 rounding may stop the last line search
         classifier.fit(x, target.cpu().numpy())
+    report_slow_probe(time.perf_counter() - start, train_x.device)
     logits = (torch.from_numpy(classifier.decision_function(part)).to(train_x.device) for part in (x, test_x))
     return tuple(torch.stack([-s, s], 1) if s.dim() == 1 else s for s in logits)  # [N]: the second of two classes
+
+
+def report_slow_probe(seconds: float, device: torch.device) -> None:
+    """Log a line if the GPU with the features waited long for scikit-learn."""
+    if seconds > SLOW_PROBE and device.type == "cuda":
+        rank_zero_info(
+            f"warning: probe_solver='sklearn': linear_probe took {seconds:.0f} s on one CPU core. Set "
+            f"probe_solver='torch', which finds the same optimum on {device}"
+        )
 
 
 def knn(

@@ -79,6 +79,18 @@ def test_validation_fits_scikit_learns_probe_unless_the_field_says_otherwise(sma
         small(probe_solver="numpy")
 
 
+def test_a_slow_probe_names_the_solver_for_gpus(blobs, monkeypatch, caplog):
+    for seconds, device, said in ((95.2, "cuda:0", True), (95.2, "cpu", False), (3.0, "cuda:0", False)):
+        caplog.clear()
+        validation.report_slow_probe(seconds, torch.device(device))
+        assert ("took 95 s on one CPU core. Set probe_solver='torch'" in caplog.text) == said
+    measured = []
+    monkeypatch.setattr(validation, "report_slow_probe", lambda *of: measured.append(of))
+    validation.epoch_scores(["linear_probe"], *blobs)
+    ((seconds, device),) = measured
+    assert 0 < seconds < 60 and device == blobs[0].device
+
+
 def test_logistic_regression_has_scikit_learns_weights():
     y = torch.randint(5, (500,))
     x = linear_models.standardized(torch.randn(500, 30) + torch.randn(5, 30)[y] * 0.3, torch.zeros(1, 30))[0]
