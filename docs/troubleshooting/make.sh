@@ -11,7 +11,8 @@ train() {
     [ -f "$OUT/$name/pretrained.ckpt" ] || $PYTHON -m self_supervised train "$@" --dataset_name digits --transform_crop_scale_min 0.6 \
         --batch_size 64 --max_epochs 8 --warmup_epochs 1 --weight_decay 5e-4 --mlp_hidden_dim 256 --dim 128 \
         --mlp_normalization bn --evaluations linear_probe,rank_me --seed 0 \
-        --logger csv --log_every_n_steps 5 --resume auto --out "$OUT/$name"
+        --logger csv --log_every_n_steps 5 --resume auto --precision 32-true --out "$OUT/$name"
+    cp "$OUT/$name/pretraining/metrics.csv" "docs/troubleshooting/$name.csv"
 }
 
 train simsiam simsiam --lr 0.05
