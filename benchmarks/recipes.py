@@ -4,7 +4,7 @@
     python -m benchmarks.recipes folder --presets simclr --seeds 0    # images of CIFAR-10, written as PNG files first
 
 An encoder is scored on the test images, with the training images as neighbors, as by `self-supervised demo`. Each run
-is a row of recipes.csv, and a row that is there is not repeated. benchmarks.cifar10 repeats the recipes for CIFAR-10.
+is a row of recipes.csv, and a row that is there is not repeated: delete those of a changed recipe. benchmarks.cifar10 repeats the recipes for CIFAR-10.
 """
 
 import itertools
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     settings: dict[str, Any] = {"evaluations": [], "num_data_workers": 0}  # minutes include reading the images
     if args.quick:
         args.presets, args.seeds, settings["max_epochs"] = ["vicreg"], [0], 1
-    rows = harness.finished(args.out / "recipes.csv")
+    name = "recipes_quick" if args.quick else "recipes"
+    rows = harness.finished(args.out / f"{name}.csv")
     with tempfile.TemporaryDirectory() as folder:
         if args.recipe == "folder":
             write_folder(Path(folder))
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             if not harness.has(rows, known):
                 params = recipes.recipe(preset, args.recipe, **settings, seed=seed)
                 rows.append({**known, **run(params)})
-                harness.report("recipes", rows, args.out)
+                harness.report(name, rows, args.out)
 
 
 if __name__ == "__main__":

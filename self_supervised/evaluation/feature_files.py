@@ -46,7 +46,7 @@ def write_header(file: BinaryIO, empty: np.ndarray, n: int) -> None:
 
 
 def has_features(folder: Path) -> bool:
-    return any(folder.glob("*.npy"))  # not only the directory: files may have been deleted to save space
+    return any(folder.glob("*.npy"))  # not only the directory: all may have been deleted to save space
 
 
 def read_features(folder: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from model_params import ModelParams
 from self_supervised import distributed
@@ -95,7 +96,9 @@ def frozen_copy(module: nn.Module, input_shape: tuple[int, ...] | None = None) -
     """
     copied = copy.deepcopy(module).requires_grad_(False)
     for part in copied.modules():
-        if type(part).__name__ == "DropPath":  # of timm, and of the DINO authors' ViT
+        if isinstance(part, StochasticDepth):  # of torchvision
+            part.p = 0.0
+        elif type(part).__name__.endswith("DropPath") and "drop_prob" in vars(part):  # of timm, transformers, DINO
             part.drop_prob = 0.0
     if input_shape is not None and not is_independent(copied, module, input_shape):
         raise ValueError(

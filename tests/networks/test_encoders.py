@@ -13,7 +13,7 @@ import ws_resnet
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import catalogue
-from self_supervised.networks import builders, encoders, pretrained, published
+from self_supervised.networks import builders, encoders, keys, pretrained, published
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import load_encoder
 
@@ -277,6 +277,23 @@ def test_stochastic_depth_is_that_of_the_network_in_training_alone(tmp_path):
         loaded.append(load_encoder(tmp_path / "a.ckpt"))
         assert not drop_probabilities(loaded[-1]) and loaded[-1].params.drop_path_rate is None
     assert encoder_hash(loaded[0]) == encoder_hash(loaded[1])
+
+
+def test_the_lagging_model_has_no_stochastic_depth_of_other_libraries():
+    class SwinDropPath(nn.Module):
+        def __init__(self, drop_prob: float):
+            super().__init__()
+            self.drop_prob = drop_prob
+
+    class OwnDropPath(nn.Module):  # one that cannot be told what to do
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("drop_prob", torch.tensor(0.5))
+
+    parts = [SwinDropPath(0.5), OwnDropPath(), torchvision.ops.StochasticDepth(0.5, "row")]
+    copied = keys.frozen_copy(nn.Sequential(*parts, nn.Dropout(0.5)))
+    assert [copied[0].drop_prob, float(copied[1].drop_prob), copied[2].p, copied[3].p] == [0, 0.5, 0, 0.5]
+    assert parts[0].drop_prob == parts[2].p == 0.5
 
 
 @pytest.mark.parametrize(
