@@ -4,7 +4,8 @@
     python -m benchmarks.recipes folder --presets simclr --seeds 0    # images of CIFAR-10, written as PNG files first
 
 An encoder is scored on the test images, with the training images as neighbors, as by `self-supervised demo`. Each run
-is a row of recipes.csv, and a row that is there is not repeated: delete those of a changed recipe. benchmarks.cifar10 repeats the recipes for CIFAR-10.
+is a row of recipes.csv, and a row that is there is not repeated: delete those of a changed recipe. benchmarks.cifar10
+repeats the recipes for CIFAR-10.
 """
 
 import itertools
