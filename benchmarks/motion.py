@@ -6,7 +6,7 @@ Makes the videos of benchmarks.moving_photographs in DATA_PATH unless they exist
 one pretraining without labels, which takes a few minutes on two cores. Then kNN, a linear classifier and retrieval are
 fitted on frozen features of the training videos, and scored on the videos of other photographs, for the random and the
 trained encoder. The features are those of one clip in the middle of a video, or the mean of ten from its beginning to
-its end. moving_photographs.csv has means and sample standard deviations over seeds.
+its end, or of ten still images. moving_photographs.csv has means and sample standard deviations over seeds.
 
 Within so few steps, a lagging model would hardly leave its initial weights. Hence m=0: keys come from the encoder of
 the step before. All views are gray, so that colors do not tell videos apart.
@@ -39,7 +39,11 @@ SETTINGS = {
     "projection_mlp_last_normalization": "same", "optimizer_name": "adamw", "lr": 4e-3, "weight_decay": 1e-4,
     "warmup_epochs": 1, "evaluations": [],
 }  # fmt: skip
-CLIPS = (1, 10)  # of a video, averaged
+CLIPS = {  # of a video, averaged; a clip of a thousandth of a second repeats one frame
+    "1 clip": {"evaluation_clips": 1},
+    "10 clips": {"evaluation_clips": 10},
+    "10 still images": {"evaluation_clips": 10, "clip_duration": 0.001},
+}
 METRICS = {
     "kNN, k = 5": ("knn", "knn5_acc1"), "kNN, k = 20": ("knn", "knn20_acc1"), "linear": ("linear", "acc1"),
     "retrieval at 1": ("retrieval", "recall1"), "retrieval at 5": ("retrieval", "recall5"),
@@ -65,10 +69,10 @@ def scores(model: SelfSupervisedMethod, trainer: pl.Trainer, path: Path) -> Scor
     trainer.save_checkpoint(path, weights_only=False)
     protocols = sorted({protocol for protocol, _ in METRICS.values()})
     results, how = {}, {"encoder": SmallEncoder(), "baselines": False, "fresh": True}
-    for n in CLIPS:
-        runs = evaluate_checkpoint(path, protocols, evaluation_clips=n, **how)["runs"]
+    for clips, reading in CLIPS.items():
+        runs = evaluate_checkpoint(path, protocols, **reading, **how)["runs"]
         of = {run["protocol"]: run["scores"] for run in runs}
-        results |= {f"{name}, {n} clip{'s' * (n > 1)}": of[key][metric] for name, (key, metric) in METRICS.items()}
+        results |= {f"{name}, {clips}": of[key][metric] for name, (key, metric) in METRICS.items()}
     return results
 
 
