@@ -45,6 +45,21 @@ def test_expected_results_are_above_the_random_encoder_by_more_than_their_deviat
             assert trained > random + (spread or 0) + (spread_trained or 0)
 
 
+def test_results_on_digits_and_image_files_are_those_of_the_benchmark():
+    runs = {}
+    for row in harness.read(harness.RESULTS / "recipes.csv")[1]:
+        runs.setdefault((row["recipe"], row["preset"]), []).append(row)
+    assert {*runs} == {(name, preset) for preset, name in ROWS if name in ("digits", "folder")}
+    for (name, preset), rows in runs.items():
+        result = recipes.KINDS[name].rows[preset].result
+        assert result.seeds == len(rows)
+        for column, (mean, spread) in {"random": result.random, "trained": result.trained}.items():
+            found = [float(row[column]) for row in rows]
+            assert mean == pytest.approx(statistics.mean(found), abs=0.051)
+            assert spread is None or spread == pytest.approx(statistics.stdev(found), abs=0.051)
+        assert {float(row["pixels"]) for row in rows} == {recipes.KINDS[name].pixels}
+
+
 @pytest.mark.parametrize("name", ["cifar10_laptop", "cifar10_quick", "cifar10_gpu"])
 def test_results_on_cifar10_are_those_of_the_benchmark(name):
     scores = {}  # of a preset and learning rate: those of some presets are compared
