@@ -284,7 +284,8 @@ def average_precision(scores: Tensor, signs: Tensor, interpolated: bool = False)
     """
     scores, order = scores.masked_fill(signs == 0, -torch.inf).sort(0, descending=True)
     right = signs.gather(0, order) > 0
-    ends = torch.searchsorted(-scores.T.contiguous(), -scores.T.contiguous(), right=True).T  # images with such a score
+    ascending = -scores.T.contiguous()
+    ends = torch.searchsorted(ascending, ascending, right=True).T  # number of images with at least this score
     precision = right.cumsum(0).gather(0, ends - 1) / ends
     if interpolated:
         precision = precision.flip(0).cummax(0).values.flip(0)
