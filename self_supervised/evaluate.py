@@ -127,11 +127,11 @@ def evaluate_checkpoint(
         "versions": versions(),
     }
     results.begin(params.dataset_name, about)
-    stages = any(PROTOCOLS[protocol].needs_stages for protocol in protocols)
+    inner = any(PROTOCOLS[protocol].inner_layers for protocol in protocols)
     data_of = {}
     for name, each_encoder in encoders.items():
         own = features.data_params(each_encoder, params.dataset_name, **reading)
-        data_of[name] = EvaluationData(each_encoder.to(device), own, results.folder / "features", stages, training)
+        data_of[name] = EvaluationData(each_encoder.to(device), own, results.folder / "features", inner, training)
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
         for seed in seeds:  # raises for invalid settings before the first protocol runs
             linear_settings_of(data_of["trained"], seed, preset)

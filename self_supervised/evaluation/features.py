@@ -1,6 +1,6 @@
 """Features of an encoder on a labeled data set: extracted once, and cached under a hash of all that they depend on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 import torch
 from attrs import frozen
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
@@ -21,8 +21,8 @@ from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
 from self_supervised.evaluation.feature_files import has_features, read_features, write_features
 from self_supervised.evaluation.fingerprints import fingerprint, of_view
+from self_supervised.evaluation.inner_layers import ActivationRecorder, inner_layers
 from self_supervised.networks.frozen_encoder import Encoder
-from self_supervised.networks.layouts import RESNET_STAGES
 from self_supervised.numerics import finite, generator, on_scoring_device
 from self_supervised.views import augmentations
 
@@ -36,7 +36,7 @@ LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in htt
 class Features:
     x: Tensor  # embeddings, float32 [N, E]
     y: Tensor  # int64: classes [N], or multi-label [N, K]
-    stages: dict[str, Tensor] = attrs.field(factory=dict)  # ResNets: output [N, C] of each stage, averaged over space
+    inner: dict[str, Tensor] = attrs.field(factory=dict)  # outputs [N, C] of inner layers
 
 
 @frozen
@@ -60,7 +60,7 @@ class EvaluationData:
     Args:
         params: settings for reading the data set; see `data_params`.
         cache: directory of the extracted features.
-        stages: whether to also extract the output of each stage, in the same pass.
+        inner: whether to also extract the outputs of inner layers, in the same pass.
         training: fields of LinearClassifierMethodParams that override those of the protocols that train.
     """
 
@@ -69,22 +69,22 @@ class EvaluationData:
         encoder: Encoder,
         params: EncoderAndDataParams,
         cache: Path,
-        stages: bool = False,
+        inner: bool = False,
         training: dict | None = None,
     ):
         self.encoder = encoder
         self.params = params
         self.cache = cache
-        self.stages = stages
+        self.inner = inner
         self.training = training or {}
 
     @cached_property
     def train(self) -> Features:
-        return extract(self.encoder, self.params, self.params.dataset.train_splits, self.cache, self.stages)
+        return extract(self.encoder, self.params, self.params.dataset.train_splits, self.cache, self.inner)
 
     @cached_property
     def test(self) -> Features:
-        return extract(self.encoder, self.params, self.params.dataset.test_splits, self.cache, self.stages)
+        return extract(self.encoder, self.params, self.params.dataset.test_splits, self.cache, self.inner)
 
     @property
     def sets(self) -> tuple[Tensor, ...]:
@@ -156,25 +156,25 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
 
 
 def extract(
-    encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, stages: bool = False
+    encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, inner: bool = False
 ) -> Features:
-    """Return embeddings and labels of full images, in the order of the data set; with `stages`, also the output of
-    each stage of a ResNet.
+    """Return embeddings and labels of full images, in the order of the data set; with `inner`, also the
+    outputs of the encoder's inner layers.
 
     The features of a video are the means over its evaluation_clips x evaluation_crops clips. Unreadable files are left
     out and listed.
     """
     dataset = data_sets.get_dataset(params, splits)
-    names = stages_of(encoder) if stages else []
+    layers = inner_layers(encoder) if inner else {}
     what = f"features of {'+'.join(splits)}"
-    folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
+    folder = cache / fingerprint(encoder, params, dataset, {"whole images": list(layers)})
     if not has_features(folder):
         if params.pack_images and isinstance(dataset, ImageFiles):
             use_packed(dataset)
         batches = feature_batches(dataset, params)
 
         def rows() -> Iterator[dict[str, Tensor]]:
-            with ActivationRecorder(encoder, names) as recorder:
+            with ActivationRecorder(layers) as recorder:
                 for images, labels in batches:
                     yield {"x": finite(encoder.embed(images), what), "y": labels, **recorder.averages(len(images))}
 
@@ -224,17 +224,6 @@ def extract_views(
     return Features(arrays["x"], arrays["y"])
 
 
-def stages_of(encoder: Encoder) -> list[str]:
-    """Return the names layer1 to layer4 for a ResNet, and [] for other encoders."""
-    stages = [getattr(encoder.model, name, None) for name in RESNET_STAGES]
-    return list(RESNET_STAGES) if all(map(has_convolution, stages)) else []
-
-
-def has_convolution(part: Any) -> bool:
-    layers = part.modules() if isinstance(part, nn.Module) else ()
-    return any(isinstance(layer, nn.Conv2d | nn.Conv3d) for layer in layers)
-
-
 def feature_batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
     """Return a loader of (uint8 images, labels) in the order of the data set. A batch of videos holds at most
     `batch_size` clips."""
@@ -245,29 +234,3 @@ def feature_batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoade
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=already_a_batch if packed else None,
     )
-
-
-class ActivationRecorder:
-    """Context manager that records the output of the named modules in every forward pass, averaged over space."""
-
-    def __init__(self, encoder: Encoder, names: list[str]):
-        self.modules = {name: getattr(encoder.model, name) for name in names}
-        self.outputs = {}
-
-    def __enter__(self) -> "ActivationRecorder":
-        self.hooks = [module.register_forward_hook(self.hook(name)) for name, module in self.modules.items()]
-        return self
-
-    def hook(self, name: str) -> Callable:
-        def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.outputs[name] = output.flatten(2).mean(2)
-
-        return keep
-
-    def averages(self, n: int) -> dict[str, Tensor]:
-        """Return the outputs [n, C] for n images, or for n videos, whose clips are averaged."""
-        return {name: self.outputs[name].float().unflatten(0, (n, -1)).mean(1) for name in self.modules}
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()

@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 import pytorch_lightning as pl
+import torch
 from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -18,8 +19,9 @@ from model_params import EncoderAndDataParams
 from self_supervised.data.class_labels import lacking
 from self_supervised.data.data_sets import get_dataset
 from self_supervised.data.facts import count_classes, n_classes
-from self_supervised.evaluation import features, label_free, linear_models, probes, validation
+from self_supervised.evaluation import label_free, linear_models, probes, validation
 from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
+from self_supervised.evaluation.inner_layers import LAST_BLOCKS, inner_layers
 from self_supervised.linear_params import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethodParams
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import Scores
@@ -33,10 +35,18 @@ def score_stages(data: EvaluationData, seed: int, score: Callable[..., Scores]) 
     train = data.train
     test = data.test
     scores_of_stages = {}
-    for name in track(sorted(train.stages), "classifiers of the stages"):
-        scores = score(data.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
+    for name in track(sorted(train.inner), "classifiers of the stages"):
+        scores = score(data.on_device(train.inner[name], train.y, test.inner[name], test.y), seed)
         scores_of_stages |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}
     return scores_of_stages
+
+
+def score_blocks(data: EvaluationData, seed: int) -> Scores:
+    """Return the scores of `linear` on the outputs of the last blocks of a transformer, side by side."""
+    train, test = (
+        torch.cat([split.inner[name] for name in sorted(split.inner)], 1) for split in (data.train, data.test)
+    )
+    return probes.linear(*data.on_device(train, data.train.y, test, data.test.y), seed=seed)
 
 
 def score_classes(data: EvaluationData, seed: int) -> Scores:
@@ -102,7 +112,7 @@ class Protocol:
     by_default: bool = True  # False: takes many times as long as others, or has a score for each class
     needs_labels: bool = True
     needs_classes: bool = True  # one class per image
-    needs_stages: bool = False  # an encoder with layer1 to layer4
+    inner_layers: str | None = None  # whose outputs it scores: a row of INNER_LAYERS
     preset: str | None = None  # name in LINEAR_PRESETS, if the protocol trains by SGD
     goodness: Callable[[str, float], float] = lambda score, value: value  # highest for the best value of a score
 
@@ -113,8 +123,8 @@ class Protocol:
             return unlabeled
         if self.needs_classes and params.dataset.multi_label:
             return f"needs one class per image, but {params.dataset_name} is multi-label"
-        if self.needs_stages and not features.stages_of(encoder):
-            return f"needs an encoder with layer1 to layer4, but {params.encoder_arch} has none"
+        if self.inner_layers and not any(name.startswith(self.inner_layers) for name in inner_layers(encoder)):
+            return f"needs {INNER_LAYERS[self.inner_layers]}, but {params.encoder_arch} has none"
         return None
 
 
@@ -130,6 +140,7 @@ def training_row(preset: str, definition: str, source: str) -> Protocol:
     return Protocol(partial(train_and_score, preset=preset), definition, source, preset=preset)
 
 
+INNER_LAYERS = {"layer": "an encoder with layer1 to layer4", "block": "a vision transformer"}  # first word of names
 FROZEN = "frozen features of whole images"
 OF_PATCHES = (
     f"on the mean of the features of {PATCHES.n_views} random patches of an image: the data set's augmentations, "
@@ -160,7 +171,15 @@ PROTOCOLS = {
         partial(score_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
         "as linear, for the output of each of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
-        needs_stages=True,
+        inner_layers="layer",
+    ),
+    "linear_blocks": Protocol(
+        score_blocks,
+        f"as linear, for the outputs of the last {LAST_BLOCKS} blocks of a transformer, side by side: each as the "
+        "encoder reads its last block, such as the class token after the last normalization",
+        "https://arxiv.org/abs/2104.14294, appendix F.2",
+        by_default=False,
+        inner_layers="block",
     ),
     "linear_classes": Protocol(
         score_classes,
@@ -190,7 +209,7 @@ PROTOCOLS = {
         seeded=False,
         by_default=False,
         needs_classes=False,
-        needs_stages=True,
+        inner_layers="layer",
     ),
     "low_shot_svm": Protocol(
         seeded_probe(probes.low_shot_svm),

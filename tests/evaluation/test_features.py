@@ -2,15 +2,17 @@ import attrs
 import numpy as np
 import processes
 import pytest
+import timm
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data import data_sets
-from self_supervised.evaluation import feature_files, features, fingerprints
-from self_supervised.evaluation.features import SampledViews, data_params, extract, extract_views
+from self_supervised.evaluation import feature_files, features, fingerprints, probes
+from self_supervised.evaluation.features import EvaluationData, SampledViews, data_params, extract, extract_views
 from self_supervised.evaluation.fingerprints import fingerprint
 from self_supervised.evaluation.protocols import PROTOCOLS, runnable
 from self_supervised.networks.encoder_hash import encoder_hash
@@ -45,31 +47,56 @@ def encoder(channels: int = 1, **fields) -> Encoder:
 
 def test_features_are_the_encoders_in_the_order_of_the_set(tmp_path, digits_path):
     e = encoder()
-    found = extract(e, data_params(e), ("train",), tmp_path, stages=True)
+    found = extract(e, data_params(e), ("train",), tmp_path, inner=True)
     images = np.load(digits_path / "digits/train/images.npy")
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     torch.testing.assert_close(found.x, e.embed(x))
     assert np.array_equal(found.y, np.load(digits_path / "digits/train/labels.npy"))
     with torch.no_grad():
         second = e.model.layer2(e.model.layer1(e.prepare(x)).relu())
-    torch.testing.assert_close(found.stages["layer2"], second.mean((2, 3)))
-    assert list(found.stages) == ["layer1", "layer2", "layer3", "layer4"]
-    torch.testing.assert_close(found.stages["layer4"], found.x)
-    assert extract(e, data_params(e), ("train",), tmp_path).stages == {}
+    torch.testing.assert_close(found.inner["layer2"], second.mean((2, 3)))
+    assert list(found.inner) == ["layer1", "layer2", "layer3", "layer4"]
+    torch.testing.assert_close(found.inner["layer4"], found.x)
+    assert extract(e, data_params(e), ("train",), tmp_path).inner == {}
+
+
+@pytest.mark.parametrize("kind", [timm.models.VisionTransformer, timm.models.Eva, torchvision.models.VisionTransformer])
+def test_blocks_are_read_as_the_encoder_reads_its_last_one(tmp_path, digits_path, kind):
+    torch.manual_seed(0)
+    if kind is torchvision.models.VisionTransformer:
+        vit = kind(image_size=8, patch_size=4, num_layers=5, num_heads=2, hidden_dim=12, mlp_dim=24, num_classes=7)
+        vit.conv_proj, vit.heads = nn.Conv2d(1, 12, 4, 4), nn.Identity()
+    else:
+        vit = kind(img_size=8, patch_size=4, in_chans=1, depth=5, embed_dim=16, num_heads=2, num_classes=0)
+    params = EncoderAndDataParams(dataset_name="digits", encoder_arch="module", batch_size=100)
+    e = Encoder(vit, params, Report("tiny", "test", "module", 8, ()))
+    found = extract(e, data_params(e), ("test",), tmp_path, inner=True)
+    assert list(found.inner) == ["block02", "block03", "block04", "block05"]
+    torch.testing.assert_close(found.inner["block05"], found.x)
+    if kind is timm.models.VisionTransformer:  # timm's own reading
+        images = torch.from_numpy(np.load(digits_path / "digits/test/images.npy")).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            layers = vit.get_intermediate_layers(e.prepare(images), 4, return_prefix_tokens=True, norm=True)
+        for features_of_block, (_, prefix) in zip(found.inner.values(), layers, strict=True):
+            torch.testing.assert_close(features_of_block, prefix[:, 0])
+        data = EvaluationData(e, data_params(e), tmp_path, inner=True)
+        side_by_side = [torch.cat(list(part.inner.values()), 1) for part in (data.train, data.test)]
+        expected = probes.linear(side_by_side[0], data.train.y, side_by_side[1], data.test.y, seed=0)
+        assert PROTOCOLS["linear_blocks"].run(data, 0) == expected
 
 
 def test_existing_features_are_not_computed_again(tmp_path, monkeypatch):
     e = encoder()
-    first = extract(e, data_params(e), ("test",), tmp_path, stages=True)
+    first = extract(e, data_params(e), ("test",), tmp_path, inner=True)
     views = extract_views(e, data_params(e), ("train",), tmp_path, SampledViews(3, seed=1, n_images=20)).x
 
     def must_not(*_):
         raise AssertionError("computed again")
 
     monkeypatch.setattr(Encoder, "forward", must_not)
-    again = extract(e, data_params(e), ("test",), tmp_path, stages=True)
+    again = extract(e, data_params(e), ("test",), tmp_path, inner=True)
     assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y)
-    assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.RESNET_STAGES)
+    assert all(torch.equal(first.inner[name], again.inner[name]) for name in first.inner)
     assert torch.equal(
         views, extract_views(e, data_params(e), ("train",), tmp_path, SampledViews(3, seed=1, n_images=20)).x
     )
