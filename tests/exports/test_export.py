@@ -156,6 +156,22 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
     }
 
 
+@pytest.mark.slow
+def test_the_manual_shares_an_encoder_on_the_hub(checkpoint, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(exported("timm"), "encoder.timm.pt")
+    block = re.search(r"^### On the hub .*?```python\n(.*?)```", DOCS, re.MULTILINE | re.DOTALL)[1]
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(80, 100, 3), dtype=np.uint8))
+    names = {"images": torch.randn(2, 3, 64, 64)}
+    with torch.no_grad():
+        exec(BLOCKS["timm"] + block, names)
+        assert torch.equal(names["again"](names["images"]), names["embeddings"])
+        tensor = names["transform"](image)
+    mean, std = (torch.tensor(names["record"][name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    square = np.array(image.crop((10, 0, 90, 80)).resize((64, 64), Image.Resampling.BILINEAR))
+    torch.testing.assert_close(tensor, (torch.from_numpy(square).permute(2, 0, 1) / 255 - mean) / std)
+
+
 def test_the_manual_names_every_format_and_the_opset():
     assert BLOCKS.keys() == formats.FORMATS.keys()
     assert all(f"`{name}` |" in DOCS for name in formats.FORMATS)
