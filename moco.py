@@ -233,7 +233,7 @@ class SelfSupervisedMethod(BaseMethod):
         """Return the fraction of itself that the lagging model keeps at this optimizer step."""
         if not self.params.use_momentum_schedule:
             return self.params.m
-        return cosine(self.params.m, 1.0, self.global_step / self.trainer.estimated_stepping_batches)
+        return cosine(self.params.m, 1.0, self.global_step / self.plan.steps)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         m = self.momentum()

@@ -45,6 +45,7 @@ from self_supervised.fields import (
     non_negative,
     number,
     numbers,
+    own_lists,
     path,
     per_view,
     plain,
@@ -79,7 +80,7 @@ class Loss:
 
     family: str  # heading of the methods with this loss, as the programs' help lists it
     text: str  # the loss with its settings, in words; {name} is a setting that it reads
-    negatives: bool | None = None  # True: it needs them; False: they are compared if there are any; None: never
+    negatives: str = "none"  # "required", "optional" (compared if there are any) or "none"
     by_rows: bool = False  # a mean over queries, each compared with all others: can be computed in parts
     all_views: bool = False  # of all views of an image at once, not of pairs
     keys: bool = True  # whether it reads keys
@@ -92,17 +93,17 @@ class Loss:
 
 
 LOSSES = {
-    "ce": Loss(PAIRS, "cross-entropy (InfoNCE), temperature {T:g}", negatives=True, by_rows=True),
+    "ce": Loss(PAIRS, "cross-entropy (InfoNCE), temperature {T:g}", negatives="required", by_rows=True),
     "dcl": Loss(PAIRS, "DCL (decoupled contrastive), temperature {T:g}, sigma of the weights {dcl_sigma}",
-                negatives=True),
-    "bce": Loss(PAIRS, "binary cross-entropy, temperature {T:g}", negatives=False, by_rows=True),
-    "ip": Loss(PREDICTIONS, "inner product", negatives=False, by_rows=True),
+                negatives="required"),
+    "bce": Loss(PAIRS, "binary cross-entropy, temperature {T:g}", negatives="optional", by_rows=True),
+    "ip": Loss(PREDICTIONS, "inner product", negatives="optional", by_rows=True),
     "sce": Loss(PAIRS, "SCE, temperature {T:g}, of the target {sce_target_T:g}, coefficient {sce_coefficient:g}",
-                negatives=True, by_rows=True),
+                negatives="required", by_rows=True),
     "vic": Loss(BATCHES, "VICReg, weights of invariance {invariance_loss_weight:g}, variance {variance_loss_weight:g}, "
                 "covariance {covariance_loss_weight:g}"),
     "barlow": Loss(BATCHES, "Barlow Twins, weight of the redundancy {redundancy_loss_weight:g}"),
-    "supcon": Loss(PAIRS, "supervised contrastive (SupCon), temperature {T:g}", negatives=True, labels=True),
+    "supcon": Loss(PAIRS, "supervised contrastive (SupCon), temperature {T:g}", negatives="required", labels=True),
     "swav": Loss(PROTOTYPES, "SwAV, {n_prototypes} prototypes, temperature {T:g}, of the assignments {sce_target_T:g}"),
     "dino": Loss(PROTOTYPES, "DINO, {n_prototypes} prototypes, temperature {T:g}, of the target {sce_target_T:g}"),
     "fastsiam": Loss(PREDICTIONS, "FastSiam, cosine with the mean of the other views' keys", all_views=True),
@@ -111,7 +112,8 @@ LOSSES = {
     "emp": Loss(BATCHES, "EMP-SSL, weight of the invariance {invariance_loss_weight:g}", all_views=True, keys=False),
     "frossl": Loss(BATCHES, "FroSSL, weight of the invariance {invariance_loss_weight:g}", all_views=True, keys=False),
     "mmcr": Loss(BATCHES, "MMCR, weight of the single images {invariance_loss_weight:g}", all_views=True),
-    "seed": Loss(STUDENTS, "SEED, temperature {T:g}, of the target {sce_target_T:g}", negatives=True, by_rows=True),
+    "seed": Loss(STUDENTS, "SEED, temperature {T:g}, of the target {sce_target_T:g}", negatives="required",
+                 by_rows=True),
 }  # fmt: skip
 
 
@@ -128,8 +130,8 @@ ALL_VIEW_LOSSES = losses_with(lambda loss: loss.all_views)
 STATISTIC_LOSSES = losses_with(lambda loss: loss.family == BATCHES)
 LABEL_LOSSES = losses_with(lambda loss: loss.labels)
 TWO_DISTRIBUTIONS = ("sce", "seed")  # losses that compare two distributions over keys
-NEED_NEGATIVES = losses_with(lambda loss: loss.negatives)
-COMPARE_NEGATIVES = losses_with(lambda loss: loss.negatives is not None)
+NEED_NEGATIVES = losses_with(lambda loss: loss.negatives == "required")
+COMPARE_NEGATIVES = losses_with(lambda loss: loss.negatives != "none")
 SCHEDULED = {name: losses_that_read(name) for name in ("sce_coefficient", "sce_target_T")}  # have a schedule
 
 CUSTOM_DATA = (
@@ -287,6 +289,7 @@ class EncoderAndDataParams:
 
     def __attrs_post_init__(self):
         check_types(self)
+        own_lists(self)
         refuse(contradictions_of_data(self))
         catalogue.check_name(self.encoder_arch)
         refuse(contradictions_of_encoder(self))

@@ -4,38 +4,19 @@
 
     model = ssl.SelfSupervisedMethod(ssl.BYOLParams(dataset_name="cifar10"))
 
-A name is imported when it is first used, so that importing the package takes no time. `__init__.pyi` lists the same
-names for type checkers.
+The public names are those of `__init__.pyi`, which type checkers read, too. Each is imported when it is first used, so
+that importing the package takes no time.
 """
 
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 ROOT_MODULES = ("moco", "model_params", "linear_classifier", "ws_resnet", "batchrenorm", "lars", "train_blog")
-PRESET_NAMES = (
-    "MoCoV2Params", "EqCoParams", "SCEParams", "BYOLParams", "SimCLRParams", "VICRegParams", "BarlowTwinsParams",
-    "MoCoV1Params", "DCLParams", "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
-    "SwAVParams", "DINOParams", "NNCLRParams", "SupConParams", "DistillParams", "FastSiamParams", "LeJEPAParams",
-    "VISRegParams", "EMPSSLParams", "FroSSLParams", "MMCRParams",
-)  # fmt: skip
-MODULE_OF = {
-    "SelfSupervisedMethod": "moco",
-    "ModelParams": "model_params",
-    "PRESETS": "model_params",
-    "recipe": "self_supervised.recipes",
-    **dict.fromkeys(PRESET_NAMES, "model_params"),
-    "LinearClassifierMethod": "linear_classifier",
-    "LinearClassifierMethodParams": "self_supervised.linear_params",
-    "LINEAR_PRESETS": "self_supervised.linear_params",
-    "load_encoder": "self_supervised.networks.pretrained",
-    "evaluate_checkpoint": "self_supervised.evaluate",
-    "export": "self_supervised.exports.export",
-    "Checkpoints": "self_supervised.training.checkpoints",
-    "newest": "self_supervised.training.checkpoints",
-    "best_precision": "self_supervised.training.precision",
-}
+STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")  # the list of public names, each with its module
+MODULE_OF = {name: module for module, name in re.findall(r"^from (\S+) import (\w+) as \2$", STUB, re.MULTILINE)}
 __all__ = list(MODULE_OF)
 
 

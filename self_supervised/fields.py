@@ -166,8 +166,7 @@ def choice(default: str | bool | None, choices: Collection) -> Any:
 
 
 def check_types(settings: Any) -> None:
-    """Raise ValueError if a value is not of its field's annotated type: bool, str, or list of str. Give the settings
-    lists of their own: those of a preset, or of settings that were copied, could be changed through them."""
+    """Raise ValueError if a value is not of its field's annotated type: bool, str, or list of str."""
     for attribute in fields(type(settings)):
         value = getattr(settings, attribute.name)
         kinds = get_args(attribute.type) or (attribute.type,)
@@ -179,8 +178,13 @@ def check_types(settings: Any) -> None:
         is_list = attribute.type == list[str] or (attribute.type == list[str] | None and value is not None)
         if is_list and not (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)):
             raise ValueError(f"{attribute.name}={value!r} must be a list of strings")
-        if isinstance(value, list):
-            object.__setattr__(settings, attribute.name, plain(value))  # settings are frozen
+
+
+def own_lists(settings: Any) -> None:
+    """Replace lists by copies: those of a preset, or of settings that were copied, could be changed through them."""
+    for name in fields_dict(type(settings)):
+        if isinstance(value := getattr(settings, name), list):
+            object.__setattr__(settings, name, plain(value))  # settings are frozen
 
 
 def defaults(kind: type, names: Iterable[str]) -> dict[str, Any]:

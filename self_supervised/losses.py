@@ -339,8 +339,8 @@ def get_loss(
     alpha = p.eqco_alpha if p.use_eqco_margin else None
     vic_weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.variance_loss_epsilon)
     losses = {
-        # The queue is not in sim, so that N x K similarities are not stored. There is none of negatives if
-        # use_nearest_keys swaps q and k.
+        # The queue is read in chunks instead of through sim, so that N x K similarities are never stored. It holds no
+        # negatives if use_nearest_keys swaps q and k.
         "ce": lambda q, k, queue: cross_entropy(sim(q, k, None), p.T, alpha, q[rows], negatives_of(queue)),
         "dcl": lambda q, k, queue: decoupled(sim(q, k, queue), p.T, p.dcl_sigma),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),

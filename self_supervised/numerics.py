@@ -31,8 +31,8 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rank_of(labels: Tensor, logits: Tensor) -> Tensor:
-    """Return the rank [N] of each image's label [N] among its logits [N, C]; 0: only the right class has the highest
-    logit, so not if others have an equal one, or one is NaN."""
+    """Return how many other classes have a logit at least as high as the image's own class, [N], from logits [N, C].
+    Ties and NaN count against the image, so that rank 0 means a strict maximum."""
     return (~(logits < logits.gather(1, labels.unsqueeze(1)))).sum(1) - 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import model_params
 import self_supervised
 
 ROOT = Path(__file__).parents[1]
@@ -135,10 +136,8 @@ def test_a_front_room_that_is_hidden_is_named(installed, command):
     assert f"{hidden} hides the module lars" in message
 
 
-def test_the_stub_has_the_public_names():
-    stub = (ROOT / "self_supervised" / "__init__.pyi").read_text()
-    named = {name: module for module, name in re.findall(r"^from (\S+) import (\w+) as \2$", stub, re.MULTILINE)}
-    assert named == self_supervised.MODULE_OF
+def test_every_preset_is_a_public_name():
+    assert {preset.__name__ for preset in model_params.PRESETS.values()} <= {*self_supervised.__all__}
 
 
 def test_every_dependency_has_one_list():

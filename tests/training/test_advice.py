@@ -116,7 +116,7 @@ def trained(params: ModelParams) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the trained weights after each of STEPS steps of two epochs, on a stand-in for Lightning's Trainer."""
     torch.manual_seed(0)
     model = SelfSupervisedMethod(params, encoder=normalized_encoder())
-    model._trainer = SimpleNamespace(global_step=0, current_epoch=0, estimated_stepping_batches=STEPS)
+    model._trainer = SimpleNamespace(global_step=0, current_epoch=0)
     model.log_step = lambda *_: None
     scaling = params.batch_size / params.lr_batch_size if params.lr_scaling else 1.0
     warmup = resolved_warmup_epochs(params) * AN_EPOCH
