@@ -259,6 +259,29 @@ def test_checkpoints_by_step_are_chosen_by_the_metrics_of_their_step(due, of_ste
     assert [float(value) for value in saver.best_k_models.values()] == pytest.approx(seen[of_steps - 1 :: of_steps])
 
 
+@pytest.mark.filterwarnings("ignore:.*(called without a model|no last checkpoint)")
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
+def test_a_checkpoint_of_an_exception_resumes_with_the_batch_that_failed(hook, small, trainer, tmp_path):
+    """Lightning's callback saves within the step."""
+
+    class Fails(pl.Callback):
+        def raises(self, trainer, *_):
+            if trainer.global_step == 13:
+                raise MemoryError("no room")
+
+    setattr(Fails, hook, Fails.raises)
+    params = small("byol", evaluations=[], batch_size=128, mlp_normalization=None)  # 10 batches an epoch
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))  # without running statistics, which a failed step changes
+    whole, first, resumed = (SelfSupervisedMethod(params, encoder=copy.deepcopy(encoder)) for _ in range(3))
+    length = {"max_epochs": 2, "limit_train_batches": None}
+    trainer(**length).fit(whole)
+    with pytest.raises(MemoryError):
+        trainer(**length, enable_checkpointing=True, callbacks=[Fails(), OnExceptionCheckpoint(tmp_path)]).fit(first)
+    trainer(**length).fit(resumed, ckpt_path=tmp_path / "on_exception.ckpt")
+    assert resumed.trainer.global_step == whole.trainer.global_step == 20
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
 def test_training_after_an_interruption_is_in_train_mode(method, trainer):
     """An exception in a validation would leave eval mode behind. Parts that the user froze stay as they were."""
     model, failing = method(), pl.Callback()

@@ -24,7 +24,6 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from self_supervised import distributed
-from self_supervised.data.batches import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
 from self_supervised.safe_files import atomic_file, disk_errors_named, local_path
@@ -178,7 +177,6 @@ class Checkpoints(pl.Callback):
         self.keep = keep
         self.lock = ExitStack()
         self.last_saved = 0  # optimizer step
-        self.begun_batches = 0  # 1 while it saves at the start of a batch
         self.validated = False  # whether there was a validation since the last batch
         self.handlers: dict = {}  # signal -> its handler before ours
         self.listens = False  # whether signals are noted; otherwise they go to the earlier handler
@@ -253,9 +251,7 @@ class Checkpoints(pl.Callback):
         stop = self.any_signal(pl_module.device)
         due = self.every_n_steps is not None and trainer.global_step - self.last_saved >= self.every_n_steps
         if due or stop:
-            self.begun_batches = 1
             self.save(trainer, pl_module)
-            self.begun_batches = 0
         if stop:
             self.stop(trainer)
 
@@ -265,15 +261,6 @@ class Checkpoints(pl.Callback):
         before = self.asked
         self.asked = distributed.any_process_later(self.received is not None, device)
         return (before if distributed.is_distributed() else self.asked)()
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Subtract the batch that has begun when it saves, which is trained on after resuming."""
-        loop = checkpoint["loops"]["fit_loop"]
-        for position in loop["state_dict"].get("combined_loader", []):
-            if ResumableDataLoader.is_position(position):
-                position["batches"] -= self.begun_batches
-        for counter in ("total", "current"):
-            loop["epoch_loop.batch_progress"][counter]["ready"] -= self.begun_batches
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer, pl_module)

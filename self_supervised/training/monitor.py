@@ -196,6 +196,18 @@ class TrainingMonitor(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.report_unreadable(trainer)
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Subtract a batch that has begun but not ended (`Checkpoints`, or an exception): it is trained on after
+        resuming."""
+        loop = checkpoint["loops"]["fit_loop"]
+        batches = loop["epoch_loop.batch_progress"]
+        begun = batches["current"]["ready"] - batches["current"]["processed"]
+        for position in loop["state_dict"].get("combined_loader", []):
+            if ResumableDataLoader.is_position(position):
+                position["batches"] -= begun
+        for counter in batches["total"], batches["current"]:
+            counter["ready"] -= begun
+
     def report_unreadable(self, trainer: pl.Trainer) -> None:
         """Report unreadable files among those that this process reads, if there are more than before."""
         datasets = [getattr(loader, "dataset", None) for loader in loaders(trainer)]

@@ -69,8 +69,8 @@ def reason_for_none(name: str, before: dict[str, float], after: dict[str, float]
     if not GIVE_COMPARED & set(evaluations):
         return f"evaluations={list(evaluations)} has neither knn nor linear_probe"
     if not before:
-        reasons = "no validation images, no labels (class numbers), a single class, limit_val_batches=0, or a loader "
-        return f"the {name or 'starting encoder'} was not scored ({reasons}that is not a DataLoader)"
+        reasons = "no validation loader or images, no labels (class numbers), a single class, limit_val_batches=0, or "
+        return f"the {name or 'starting encoder'} was not scored ({reasons}a loader that is not a DataLoader)"
     if not after:
         return "the trained encoder was not scored"
     if before.keys() != after.keys():

@@ -70,7 +70,7 @@ def test_scores_of_other_images_are_not_compared(small, trainer, tmp_path):
 def test_a_training_without_scores_says_why_it_has_no_verdict(small, trainer, caplog):
     assert fitted(small, trainer, fast_dev_run=True)[2].text == ""
     fitted(small, trainer, limit_val_batches=0)
-    reason = "the starting encoder was not scored (no validation images, no labels (class numbers), "
+    reason = "the starting encoder was not scored (no validation loader or images, no labels (class numbers), "
     reason += "a single class, limit_val_batches=0, or a loader that is not a DataLoader)"
     assert f"verdict: none, because {reason}" in caplog.messages
 
