@@ -37,7 +37,7 @@ from self_supervised.networks import modules
 from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.frozen_encoder import SHARED_FIELDS
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.numerics import at_least_float32, rank_of
+from self_supervised.numerics import at_least_float32, rank_of, seeded
 from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks, refuse_last_batch_of_one
@@ -77,8 +77,7 @@ class LinearClassifierMethod(BaseMethod):
         super().__init__()
         self.params, self.seed_was_drawn = resolve(LINEAR_PRESETS, params, encoder, fields)
         p = self.params
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(p.seed)
+        with seeded(p.seed):
             self.model, width = get_encoder(p, encoder)
             self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
             names = p.class_names

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_params import ALL_VIEW_LOSSES, LABEL_LOSSES, PRESETS, PROTOTYPE_LOSSES, ModelParams
-from self_supervised import distributed, losses, multi_view_losses
+from self_supervised import distributed, losses, multi_view_losses, numerics
 from self_supervised.convolutions import weights_shared
 from self_supervised.custom_loss import CustomLoss, as_pair_loss
 from self_supervised.data import batches, data_sets, loading
@@ -78,8 +78,7 @@ class SelfSupervisedMethod(BaseMethod):
         super().__init__()
         self.params, self.seed_was_drawn = resolve(PRESETS, params, encoder, fields)
         p = self.params
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(p.seed)
+        with numerics.seeded(p.seed):
             self.model, width = encoders.get_encoder(p, encoder)
             modules.set_modes(self.model)
             output_sizes.check_small_views(self.model, width, p)

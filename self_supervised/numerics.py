@@ -1,8 +1,9 @@
 """Numerics of features and weights: unit vectors of any scale, ranks of labels, checks for NaN and infinity, dtype and
-device of losses and scores, tensors of views and terms joined, and the random generator of the host."""
+device of losses and scores, tensors of views and terms joined, and random generators."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -121,3 +122,15 @@ def with_sum(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
     """Return a counter-based generator (Philox): nearby seeds give unrelated streams, and there is no state to save."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` within the context, and leave the caller's generators of all devices as they are.
+
+    Those of CUDA are seeded only where they may be used, because a process that has initialized CUDA cannot be forked.
+    """
+    on_gpu = torch.cuda.is_initialized() or torch.get_default_device().type != "cpu"  # of `Trainer.init_module`
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else [], device_type="cuda"):
+        (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(seed)
+        yield

@@ -588,6 +588,39 @@ def test_training_leaves_the_seed_as_it_was(small, trainer):
     assert SelfSupervisedMethod(encoder=TinyEncoder(), dataset_name="digits", K=8).params.seed == 7
 
 
+def test_building_a_method_leaves_cuda_alone_before_it_is_initialized(small, monkeypatch):
+    """A process that has initialized CUDA cannot be forked, and the user's seed of CUDA holds until then."""
+    seeds, reads = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: reads.append(1) or [])
+    for encoder in (None, TinyEncoder()):
+        SelfSupervisedMethod(small(encoder_arch="small_cnn"), encoder=encoder)
+        LinearClassifierMethod(dataset_name="digits", encoder_arch="small_cnn", encoder=encoder)
+    assert (seeds, reads) == ([], [])
+
+
+def test_a_training_leaves_the_seeds_of_initialized_gpus_as_they_were(small, trainer, monkeypatch):
+    states, drawn, fit = [5, 6], set(), trainer()
+
+    def seed_all(seed: int) -> None:
+        drawn.add(seed)
+        states[:] = seed, seed
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.__setitem__(device, state))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda old: states.__setitem__(slice(None), old))
+    model = SelfSupervisedMethod(small(seed=3, evaluations=[]), encoder=TinyEncoder())
+    assert states == [5, 6] and 3 in drawn
+    images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
+    fit.fit(model, DataLoader(TensorDataset(images, torch.zeros(32).long()), batch_size=16))
+    assert states == [5, 6] and len(drawn) > 3
+
+
 def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
     """At construction if settings say so; otherwise in training: of 1,297 digits, batches of 648 leave one image."""
     with pytest.raises(ValueError, match="a batch of 1 image has no batch statistics: choose a larger batch_size"):

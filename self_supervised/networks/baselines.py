@@ -1,11 +1,8 @@
 """The encoders that a trained one is compared with: random weights, and those from which its training started."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
-import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
@@ -15,6 +12,7 @@ from self_supervised.networks import encoders
 from self_supervised.networks.frozen_encoder import MEAN_AND_STD, Encoder
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.networks.published import is_published, published
+from self_supervised.numerics import seeded
 
 SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
     "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", "pooling_size",
@@ -56,21 +54,13 @@ def starting_encoder(p: EncoderAndDataParams, source: str) -> Encoder:
     same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS) if p.encoder_arch in catalogue.INCEPTIONS else {}
     if source.startswith("timm:") and source.split(".")[0] == p.encoder_arch.split(".")[0]:
         same["encoder_arch"] = source  # the same architecture with other weights
-    with seed_0():
+    with seeded(0):
         return published(source, same, new_stem=True) if is_published(source) else load_encoder(source, **same)
 
 
 def random_encoder(trained: Encoder) -> Encoder:
     """Return an encoder with random weights of seed 0, otherwise like `trained`."""
-    with seed_0():
+    with seeded(0):
         model, _ = encoders.get_encoder(attrs.evolve(trained.params, encoder_weights=None))
     report = attrs.evolve(trained.report, source="no file", layout="random weights of seed 0", left_out=())
     return Encoder(model, trained.params, report)
-
-
-@contextmanager
-def seed_0() -> Iterator[None]:
-    """Draw random weights from seed 0, and leave the caller's generator as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield

@@ -60,7 +60,7 @@ def encodes_in_fastest_layout(encoder: nn.Module, input_shape: tuple[int, ...]) 
     weight = next(encoder.parameters(), torch.empty(0))
     images = torch.zeros(2, *input_shape, device=weight.device).to(memory_format=FASTEST_LAYOUT[1 + len(input_shape)])
     try:
-        with torch.no_grad(), isolate_rng(), modules.in_eval_mode(encoder):
+        with torch.no_grad(), isolate_rng(torch.cuda.is_initialized()), modules.in_eval_mode(encoder):
             encoder(images)
     except RuntimeError:
         return False

@@ -16,6 +16,7 @@ from torchvision.ops import StochasticDepth
 from model_params import ModelParams
 from self_supervised import distributed
 from self_supervised.networks import modules
+from self_supervised.numerics import seeded
 
 # ---- Queue and lagging model ----
 
@@ -112,11 +113,16 @@ def is_independent(copied: nn.Module, module: nn.Module, input_shape: tuple[int,
     """Return whether a copy encodes images of the shape [C, H, W] without the weights of its original."""
 
     def encoded(network: nn.Module) -> Tensor:
-        torch.manual_seed(0)  # forward may draw
-        return network(images)
+        with seeded(0):  # forward may draw
+            return network(images)
 
     weights = list(module.parameters())
-    with torch.no_grad(), isolate_rng(), modules.in_eval_mode(module), modules.in_eval_mode(copied):
+    with (
+        torch.no_grad(),
+        isolate_rng(torch.cuda.is_initialized()),  # not isolate_rng(), which initializes CUDA
+        modules.in_eval_mode(module),
+        modules.in_eval_mode(copied),
+    ):
         # not the number of an earlier trial, of which a hook may have kept the features
         images = torch.rand(3, *input_shape, device=weights[0].device if weights else None)
         expected, of_copy = encoded(module), encoded(copied)

@@ -45,7 +45,8 @@ class TrainingMonitor(pl.Callback):
         self.n_skipped = 0
         self.position: dict | None = None  # state of our own loader in the checkpoint that is resumed
         self.steps: dict | None = None  # `Plan.of_checkpoint()` of the run that is resumed
-        self.random_state: Tensor | None = None  # torch's, before the training; None if `setup` was never reached
+        self.random_state: Tensor | None = None  # the CPU's, before the training; None if `setup` was never reached
+        self.cuda_states: list[Tensor] = []  # those of the GPUs
         self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
         self.batch: Any = None  # of the step whose gradients are computed
         self.early_stopping: list[EarlyStopping] = []  # those of scores that may look after the validation
@@ -71,6 +72,7 @@ class TrainingMonitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
+        self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self.position = self.steps = None  # of a checkpoint that a Tuner has loaded
         device = trainer.strategy.root_device
         refuse_differing("precision", trainer.precision, "Pass the same --precision to all", device)
@@ -225,12 +227,13 @@ class TrainingMonitor(pl.Callback):
     # ---- After the training, or an exception ----
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore what `setup` has changed in the Trainer, and torch's random state from before the training, which
-        seeds torch at every step."""
+        """Restore what `setup` has changed in the Trainer, and torch's random states from before the training, which
+        seeds all devices at every step."""
         vars(trainer._logger_connector).pop("log_metrics", None)
         vars(trainer.fit_loop).pop("_iteration_based_training", None)
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
+            torch.cuda.set_rng_state_all(self.cuda_states)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore what an interrupted validation has put into eval mode, in which a later `fit` would train. Add the
