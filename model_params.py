@@ -673,6 +673,11 @@ class ModelParams(EncoderAndDataParams):
         return self.use_negative_examples_from_queue or self.use_nearest_keys
 
     @property
+    def queue_may_hold_negatives(self) -> bool:
+        """Return whether use_negative_examples_from_queue=True is accepted."""
+        return not self.use_nearest_keys and self.loss_type not in LABEL_LOSSES
+
+    @property
     def assigns_over_queue(self) -> bool:
         """Return whether SwAV assigns the keys of the queue to the prototypes, too."""
         return self.loss_type == "swav" and self.keeps_keys
@@ -732,13 +737,14 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
     has_predictor = p.prediction_mlp_layers > 0 or p.head("prediction")["last_normalization"] is not None
     one_network = not p.use_lagging_model and p.teacher is None and not has_predictor
     unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
+    queue = "use_negative_examples_from_queue=True or " if p.queue_may_hold_negatives else ""
     # fmt: off
     return [
         (p.use_vicreg_loss and p.loss_type != "vic",
          f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}. Set only one of them."),
         (p.loss_type in NEED_NEGATIVES and not has_negatives,
-         f"loss_type={p.loss_type!r} needs negatives, but there are none. Set "
-         "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True."),
+         f"loss_type={p.loss_type!r} needs negatives, but there are none. Set {queue}"
+         "use_negative_examples_from_batch=True."),
         (p.use_negative_examples_from_same_view and not one_network,
          "use_negative_examples_from_same_view=True needs queries and keys of one network. Set "
          f"use_lagging_model=False (is {p.use_lagging_model}), teacher=None (is {p.teacher}), "
@@ -811,10 +817,13 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
     layers = normalized_layers(p)
     ungrouped = [f"{name}={width}" for kind, width, name in layers if kind == "gn" and width % GROUPS]
     across_batch = any(kind in ("bn", "br") or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
+    needs_batch = p.teacher is not None or p.loss_type in STATISTIC_LOSSES  # keys of other batches do not help
+    queue_helps = p.queue_may_hold_negatives and not needs_batch and not across_batch
+    queue_off = "use_nearest_keys" if p.use_nearest_keys else "use_negative_examples_from_queue"
     # fmt: off
     return [
         (p.keeps_keys and p.K == 0,
-         "K=0 makes an empty queue. Choose K above 0, or use_negative_examples_from_queue=False."),
+         f"K=0 makes an empty queue. Choose K above 0, or {queue_off}=False."),
         (p.keeps_keys and p.K * p.dim > LARGEST_QUEUE,
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer."),
         (bool(ungrouped),
@@ -822,9 +831,10 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
         (p.micro_batch_size == 1 and across_batch,
          f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
          "statistics. Choose a larger one."),
-        (one_image and (batch_alone or p.teacher is not None or p.loss_type in STATISTIC_LOSSES
+        (one_image and (batch_alone or needs_batch
                         or (p.loss_type == "swav" and not p.use_negative_examples_from_queue)),
-         f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue."),
+         f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch"
+         f"{', or use_negative_examples_from_queue=True' if queue_helps else ''}."),
         (one_image and across_batch,
          f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
          f"prediction_mlp_normalization={p.prediction_mlp_normalization!r}: a single image has no statistics. Choose a "

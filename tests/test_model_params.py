@@ -1,5 +1,6 @@
 """Settings of pretraining: the original's names and defaults, the presets, and what is refused."""
 
+import re
 from pathlib import Path
 
 import attr
@@ -8,6 +9,8 @@ import pytest
 from model_params import PRESETS, BYOLParams, ModelParams, VICRegParams
 from self_supervised.fields import expanded
 from self_supervised.runs.run_options import RunOptions
+
+WITHOUT_NEGATIVES = {"use_negative_examples_from_batch": False, "use_negative_examples_from_same_view": False}
 
 # The listing in the original's README: users rely on every name and default.
 ORIGINAL = {
@@ -160,6 +163,30 @@ def test_unknown_field_is_a_type_error():
 def test_refused_at_construction(fields, message):
     with pytest.raises(ValueError, match=message):
         ModelParams(**fields)
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "n_remedies"),
+    [
+        ("supcon", WITHOUT_NEGATIVES, 1),
+        ("simclr", WITHOUT_NEGATIVES, 2),
+        ("nnclr", WITHOUT_NEGATIVES, 1),
+        ("nnclr", {"K": 0}, 1),
+        ("simclr", {"batch_size": 1}, 1),  # a queue
+        ("moco_v3", {"batch_size": 1}, 0),  # a queue does not help: a larger batch only
+        ("nnclr", {"batch_size": 1}, 0),
+        ("supcon", {"batch_size": 1}, 0),
+        ("vicreg", {"batch_size": 1}, 0),
+        ("vicreg", {"batch_size": 1, "use_negative_examples_from_queue": True}, 0),
+    ],
+)
+def test_each_setting_that_an_error_recommends_is_accepted(preset, fields, n_remedies):
+    with pytest.raises(ValueError) as error:
+        PRESETS[preset](**fields)
+    remedies = re.findall(r"(\w+)=(True|False)", str(error.value).split(". ", 1)[1])
+    assert len(remedies) == n_remedies
+    for name, value in remedies:
+        PRESETS[preset](**{**fields, name: value == "True"})
 
 
 def test_the_home_directory_stands_for_a_tilde_in_every_path(monkeypatch):

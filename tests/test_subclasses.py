@@ -90,8 +90,10 @@ def test_a_step_that_leaves_no_keys_for_the_queue_is_refused(small, trainer):
             return self.encode(batch[0][0]).z.square().mean()
 
     trainer().fit(Own(small("simclr", evaluations=[]), encoder=Normalized()))
-    with pytest.raises(ValueError, match=r"training_step: no keys for the queue. Call super\(\)"):
-        trainer().fit(Own(small("moco_v2", evaluations=[]), encoder=Normalized()))
+    without = r"training_step: no keys for the queue. Call super\(\).* use_nearest_keys=False"
+    for preset in ("moco_v2", "nnclr"):
+        with pytest.raises(ValueError, match=without):
+            trainer().fit(Own(small(preset, evaluations=[]), encoder=Normalized()))
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning

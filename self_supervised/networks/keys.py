@@ -48,7 +48,7 @@ class KeyQueue(nn.Module):
         if not keys_of_views:
             raise ValueError(
                 "training_step: no keys for the queue. Call super().training_step(...) in yours, or set "
-                "use_negative_examples_from_queue=False."
+                "use_negative_examples_from_queue=False and use_nearest_keys=False."
             )
         self.push(torch.cat(keys_of_views))
 
