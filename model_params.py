@@ -815,8 +815,9 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
     size = f"{which}={getattr(p, which)}"
     batch_alone = p.has_negatives_of_batch and not p.use_negative_examples_from_queue
     layers = normalized_layers(p)
-    ungrouped = [f"{name}={width}" for kind, width, name in layers if kind == "gn" and width % GROUPS]
-    across_batch = any(kind in ("bn", "br") or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
+    ungrouped = [f"{name}={width}" for kind, width, name, _ in layers if kind == "gn" and width % GROUPS]
+    across = [field for kind, width, _, field in layers if kind in ("bn", "br") or (kind == "gn" and width == GROUPS)]
+    across_batch = ", ".join(f"{field}={getattr(p, field)!r}" for field in dict.fromkeys(across))
     needs_batch = p.teacher is not None or p.loss_type in STATISTIC_LOSSES  # keys of other batches do not help
     queue_helps = p.queue_may_hold_negatives and not needs_batch and not across_batch
     queue_off = "use_nearest_keys" if p.use_nearest_keys else "use_negative_examples_from_queue"
@@ -828,29 +829,31 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer."),
         (bool(ungrouped),
          f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}, at least {2 * GROUPS}."),
-        (p.micro_batch_size == 1 and across_batch,
-         f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
-         "statistics. Choose a larger one."),
+        (p.micro_batch_size == 1 and bool(across_batch),
+         f"micro_batch_size=1 is too small for {across_batch}: a single image has no statistics. Choose a larger one."),
         (one_image and (batch_alone or needs_batch
                         or (p.loss_type == "swav" and not p.use_negative_examples_from_queue)),
          f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch"
          f"{', or use_negative_examples_from_queue=True' if queue_helps else ''}."),
-        (one_image and across_batch,
-         f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
-         f"prediction_mlp_normalization={p.prediction_mlp_normalization!r}: a single image has no statistics. Choose a "
-         "larger batch."),
+        (one_image and bool(across_batch),
+         f"{size} is too small for {across_batch}: a single image has no statistics. Choose a larger batch."),
     ]
     # fmt: on
 
 
-def normalized_layers(params: ModelParams) -> list[tuple[str, int, str]]:
-    """Return (normalization, width, name of the field that sets the width) of all normalized layers of both heads."""
+def normalized_layers(params: ModelParams) -> list[tuple[str, int, str, str]]:
+    """Return (normalization, width, name of the field that sets the width, and of the one that sets the normalization)
+    of all normalized layers of both heads."""
     layers = []
     for name in HEADS:
         head = params.head(name)
         of_width = f"{name}_mlp_hidden_dims" if getattr(params, f"{name}_mlp_hidden_dims") else "mlp_hidden_dim"
-        layers += [(head["normalization"], width, of_width) for width in head["hidden_dim"]]
-        layers += [(head["last_normalization"], params.dim, "dim")]
+        is_same = name == "projection" or params.prediction_mlp_normalization == "same"
+        of_kind = "mlp_normalization" if is_same else "prediction_mlp_normalization"
+        of_last = f"{name}_mlp_last_normalization"
+        layers += [(head["normalization"], width, of_width, of_kind) for width in head["hidden_dim"]]
+        of_last = of_kind if getattr(params, of_last) == "same" else of_last
+        layers += [(head["last_normalization"], params.dim, "dim", of_last)]
     return [layer for layer in layers if layer[0] is not None]
 
 

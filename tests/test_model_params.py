@@ -157,6 +157,18 @@ def test_unknown_field_is_a_type_error():
         ({"transform_s": "a"}, "transform_s='a' must be a number, or a list"),
         ({"use_eqco_margin": True, "loss_type": "ip"}, "use_eqco_margin=True .*loss_type='ce', not for 'ip'"),
         ({"loss_type": "vic", "batch_size": 1}, "batch_size=1 .*loss_type='vic'"),
+        (
+            {"batch_size": 1, "projection_mlp_last_normalization": "bn"},
+            "batch_size=1 is too small for projection_mlp_last_normalization='bn': a single image",
+        ),
+        (
+            {"micro_batch_size": 1, "prediction_mlp_layers": 2, "prediction_mlp_normalization": "br"},
+            "micro_batch_size=1 is too small for prediction_mlp_normalization='br': a single image",
+        ),
+        (
+            {"batch_size": 1, "mlp_normalization": "bn", "projection_mlp_last_normalization": "same"},
+            "batch_size=1 is too small for mlp_normalization='bn': a single image",
+        ),
         ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
     ],
 )

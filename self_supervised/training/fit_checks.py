@@ -175,7 +175,7 @@ def doubts_of_shuffling(method: pl.LightningModule) -> list[str]:
 def refuse_constant_heads(params: ModelParams) -> None:
     """Raise ValueError if group norm has one unit in each group, so that its output is 0 for every image. It is refused
     here, so that checkpoints with it can still be loaded."""
-    constant = [name for kind, width, name in normalized_layers(params) if kind == "gn" and width == GROUPS]
+    constant = [name for kind, width, name, _ in normalized_layers(params) if kind == "gn" and width == GROUPS]
     if constant:
         raise ValueError(
             f"{constant[0]}={GROUPS}: group norm has {GROUPS} groups; with one unit in each, its output is 0 for "
