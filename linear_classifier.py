@@ -260,7 +260,9 @@ class LinearClassifierMethod(BaseMethod):
         A subset of labels is drawn from the images that remain after holding out, so its size excludes the latter.
         """
         p = self.params
-        require_labels(1 + int(labels.min()), p)
+        require_labels(1 + int(labels.max()), p)  # 0: no image has a label
+        source, name = f"dataset_name={p.dataset_name!r}", p.dataset_name
+        label_checks.refuse_wrong_labels(labels, source, self.n_outputs, name, required=True, each=True)
         fit = np.arange(len(labels))
         score = fit[:0]
         if p.validate_on == "held_out":

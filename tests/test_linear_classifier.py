@@ -4,6 +4,7 @@ import shutil
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -172,6 +173,14 @@ def test_a_diverged_classifier_recognizes_nothing():
     linear = LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5")
     torch.nn.init.constant_(linear.classifier.weight, float("nan"))
     assert linear.eval().losses_and_accuracies((torch.randn(4, 3, 96, 96), torch.arange(4)))[:, 1:].sum() == 0
+
+
+def test_a_partly_labeled_training_set_is_not_called_one_without_labels():
+    method = LinearClassifierMethod(encoder=nn.Flatten(), dataset_name="digits", validate_on="held_out")
+    with pytest.raises(ValueError, match=r"dataset_name='digits' has images without a label \(-1\)"):
+        method.split(np.array([0, 1, -1]))
+    with pytest.raises(ValueError, match="the images have no labels"):
+        method.split(np.array([-1, -1]))
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
