@@ -55,7 +55,10 @@ def held_out(labels: Labels, fraction: float, seed: int = 0) -> tuple[np.ndarray
     cuts = [min(count_of(len(order), fraction), len(order) - 1) for order in classes]
     score = np.concatenate([order[:cut] for order, cut in zip(classes, cuts, strict=True)])
     if len(score) == 0:
-        raise ValueError(f"nothing can be held out from {len(classes)} classes with one image each. Use more labels.")
+        raise ValueError(
+            f"nothing can be held out from {len(classes)} classes with one image each. Label more images, or set "
+            "validate_on='test'."
+        )
     return np.setdiff1d(np.concatenate(classes), score), np.sort(score)
 
 

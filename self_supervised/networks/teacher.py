@@ -56,7 +56,9 @@ class Teacher:
         self.channels = params.teacher_channels or list(range(params.channels))
         theirs = self.encoder.params
         if theirs.dataset.of_videos or params.dataset.of_videos:
-            raise ValueError(f"{name} with dataset_name={params.dataset_name!r}: only images can have a teacher")
+            raise ValueError(
+                f"{name}, dataset_name={params.dataset_name!r}: a teacher sees images only. Set teacher=None."
+            )
         if len(self.channels) not in (1, theirs.channels) or max(self.channels) >= params.channels:
             raise ValueError(
                 f"{name} takes {theirs.channels} channels, and these images have {params.channels}, from 0 to "

@@ -146,7 +146,10 @@ def test_it_teaches_in_any_precision_and_in_parts(precision, teacher, small, tra
             "teacher is for losses of pairs",
         ),
         ({"use_negative_examples_from_same_view": True}, r"queries and keys of one network.*teacher=None"),
-        ({"dataset_name": "kinetics", "encoder_arch": "r3d_18"}, "only images can have a teacher"),
+        (
+            {"dataset_name": "kinetics", "encoder_arch": "r3d_18"},
+            "a teacher sees images only. Set teacher=None",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, message, teacher):
