@@ -23,7 +23,8 @@ held: set[Path] = set()  # lock files held by this process, or by the process fr
 
 @contextmanager
 def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a directory within the block. The holder may enter again.
+    """Hold the lock of a directory within the block. The holder may enter again. All threads of a process count as one
+    holder, so threads need a lock of their own.
 
     The lock is a POSIX record lock: it works over NFS, the kernel releases it when the process dies, and forked
     workers, which may outlive a killed process by a moment, do not inherit it.
@@ -118,7 +119,10 @@ def this_process() -> dict[str, Any]:
 
 
 def owner_of(path: Path) -> dict[str, Any]:
-    """Return what the holder wrote about itself, or {} if it has not written it yet."""
+    """Return what another holder wrote about itself, or {} if it has not written it yet. The file of this process's own
+    lock is not read, because the kernel releases the lock when the process closes any descriptor of its file."""
+    if path.resolve() in held:
+        return {}
     with suppress(OSError, ValueError):
         owner = json.loads(path.read_text())
         return owner if isinstance(owner, dict) else {}

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +34,15 @@ def test_one_that_waits_gets_the_lock_when_the_holder_ends(tmp_path, holder):
     with locked(tmp_path / "run", wait=30):
         process.wait()
     assert process.returncode == 0
+
+
+def test_the_holder_keeps_its_lock_when_it_looks_for_the_owner(tmp_path):
+    attempt = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with locked(tmp_path / "run"):
+        assert folder_lock.owner_of(tmp_path / "link/.lock") == {}
+        other = subprocess.run([sys.executable, "-c", attempt, tmp_path / "run/.lock"], capture_output=True, text=True)
+    assert "BlockingIOError" in other.stderr
 
 
 def test_the_holder_enters_again_and_leaves_no_file(tmp_path):
