@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ WAIT_FOR_PACKING = 7 * 86400  # seconds to wait for another process that packs t
 SAMPLE = 16  # images from which the space on disk is estimated
 PIXEL_FILE, INDEX = "pixels.bin", "index.json"
 Stamp = tuple[str, str]  # path and signature of an image
+opened: dict[Path, int] = {}  # descriptors, which forked workers share; spawned ones open the files again
 
 
 @frozen
@@ -67,9 +67,11 @@ class PackedPixels:
         return pixels
 
 
-@cache  # forked workers share it; spawned ones, for which a descriptor could not be pickled, open the file again
 def descriptor(file: Path) -> int:
-    return os.open(file, os.O_RDONLY)
+    """Return the descriptor of a file, which stays open until `remove_superseded` deletes the file."""
+    if file not in opened:
+        opened[file] = os.open(file, os.O_RDONLY)
+    return opened[file]
 
 
 # ---- packing ----
@@ -198,6 +200,8 @@ def remove_superseded(folder: Path, signatures: dict[str, str]) -> None:
         rows = json.loads(index.read_text())["stamps"]
         if all(signatures.get(path, signature) != signature for path, signature in rows):
             remove(index.parent)
+            if (pixels := index.with_name(PIXEL_FILE)) in opened:  # a deleted file takes space until it is closed
+                os.close(opened.pop(pixels))
 
 
 # ---- reducing ----

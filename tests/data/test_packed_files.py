@@ -119,7 +119,8 @@ def test_changed_and_new_images_are_packed_again(params, tmp_path, capfd):
         os.utime(tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i:02d}.jpg", ns=(0, 10**9))
     dataset_of(params)
     assert before[0] not in parts(tmp_path)  # nothing in it is current
-    packed_files.descriptor.cache_clear()
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [link for link in links if link.startswith(str(tmp_path)) and link.endswith("(deleted)")]
     views = dataset[0][0]  # of a training that began before, and now reads the files
     assert [view.shape for view in views] == [view.shape for view in dataset_of(params)[0][0][0]]
 
