@@ -21,7 +21,7 @@ from lars import split_by_patterns
 from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets, loading, subsets
-from self_supervised.data.batches import check_views, gathered, numbered, one_image_explained
+from self_supervised.data.batches import check_views, explain_batch_of_one, gathered, numbered
 from self_supervised.data.facts import count_classes, require_labels
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
 from self_supervised.linear_params import FROM_PRETRAINING, LINEAR_PRESETS
@@ -41,7 +41,7 @@ from self_supervised.numerics import at_least_float32, rank_of, seeded
 from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks, refuse_last_batch_of_one
-from self_supervised.training.hyperparameters import Given, resolve
+from self_supervised.training.hyperparameters import ParamsLike, resolve
 from self_supervised.training.parameter_groups import check_matches, layer_groups
 from self_supervised.training.plan import get_plan
 from self_supervised.training.schedules import classifier_lr_fraction
@@ -72,7 +72,11 @@ class LinearClassifierMethod(BaseMethod):
     needs_labels = True
 
     def __init__(
-        self, params: Given[LinearClassifierMethodParams] = None, *, encoder: nn.Module | None = None, **fields: Any
+        self,
+        params: ParamsLike[LinearClassifierMethodParams] = None,
+        *,
+        encoder: nn.Module | None = None,
+        **fields: Any,
     ):
         super().__init__()
         self.params, self.seed_was_drawn = resolve(LINEAR_PRESETS, params, encoder, fields)
@@ -138,7 +142,7 @@ class LinearClassifierMethod(BaseMethod):
             return each.unflatten(0, x.shape[:2]).logsumexp(1) - math.log(x.shape[1])
         if self.model.training and not self.trains_encoder:  # Lightning has not called train() yet
             self.model.eval()
-        with one_image_explained(x):
+        with explain_batch_of_one(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
                 h = embeddings_of(self.model, x)
             return self.classifier(h if self.normalize is None else self.normalize(h))

@@ -19,7 +19,7 @@ from self_supervised import distributed, losses, multi_view_losses, numerics
 from self_supervised.convolutions import weights_shared
 from self_supervised.custom_loss import CustomLoss, as_pair_loss
 from self_supervised.data import batches, data_sets, loading
-from self_supervised.data.batches import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
+from self_supervised.data.batches import check_views, gathered, is_of_dataset_name, list_of_loaders
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.evaluation import validation
 from self_supervised.networks import encoders, modules, output_sizes
@@ -29,7 +29,7 @@ from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, as_tensors, at_least_float32, in_parts, mean_of_each, stacked
 from self_supervised.training import advice, fit_checks, online_classifier, optimizers, parameter_groups, resuming
 from self_supervised.training.base_method import BaseMethod
-from self_supervised.training.hyperparameters import Given, resolve
+from self_supervised.training.hyperparameters import ParamsLike, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.plan import get_plan, resolved_warmup_epochs
 from self_supervised.training.precision import refuse_half_precision
@@ -69,7 +69,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def __init__(
         self,
-        params: Given[ModelParams] = None,
+        params: ParamsLike[ModelParams] = None,
         *,
         encoder: nn.Module | None = None,
         loss: CustomLoss | None = None,
@@ -92,7 +92,7 @@ class SelfSupervisedMethod(BaseMethod):
             self.lagging_model = frozen_copy(self.model, trial_shape) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.lagging_prototypes = frozen_copy(self.prototypes) if self.prototypes and p.use_lagging_model else None
-            self.queue = KeyQueue(p.K, p.dim) if p.keeps_keys else None
+            self.queue = KeyQueue(p.K, p.dim) if p.has_queue else None
             self.online_classifier = online_classifier.build(width, p) if p.online_classifier else None
             if (p.global_batch_size or p.batch_size) == 1:  # fail early
                 fit_checks.try_one_image(self)
@@ -116,7 +116,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def encode(self, x: Tensor) -> EncodedView:
         """Return projections, queries and embeddings of one view, normalized images [N, C, H, W]."""
-        with one_image_explained(x):
+        with batches.explain_batch_of_one(x):
             embeddings = self.model(x)
             z = self.projection_model(embeddings)
             return EncodedView(self.on_sphere(z), self.on_sphere(self.prediction_model(z)), embeddings)
@@ -257,7 +257,7 @@ class SelfSupervisedMethod(BaseMethod):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         if self.online_classifier is None:
             return super().configure_gradient_clipping(optimizer, *args, **kwargs)
-        with online_classifier.gradients_aside(self.online_classifier):
+        with online_classifier.hide_gradients(self.online_classifier):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def parameter_table(self) -> list[parameter_groups.ParameterRow]:

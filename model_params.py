@@ -322,13 +322,13 @@ class EncoderAndDataParams:
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean of each input channel. An encoder for color images takes gray ones repeated three times."""
-        return self.of_each_channel(self.image_mean or self.dataset.mean)
+        return self.per_channel(self.image_mean or self.dataset.mean)
 
     @property
     def std(self) -> tuple[float, ...]:
-        return self.of_each_channel(self.image_std or self.dataset.std)
+        return self.per_channel(self.image_std or self.dataset.std)
 
-    def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
+    def per_channel(self, values: Sequence[float]) -> tuple[float, ...]:
         """Return one number per input channel."""
         if len(values) not in (1, self.channels):  # those of color images do not fit other channels
             return (round(sum(values) / len(values), 3),) * self.channels
@@ -668,7 +668,7 @@ class ModelParams(EncoderAndDataParams):
         return self.use_negative_examples_from_batch or self.use_negative_examples_from_same_view
 
     @property
-    def keeps_keys(self) -> bool:
+    def has_queue(self) -> bool:
         """Return whether there is a queue of keys."""
         return self.use_negative_examples_from_queue or self.use_nearest_keys
 
@@ -680,7 +680,7 @@ class ModelParams(EncoderAndDataParams):
     @property
     def assigns_over_queue(self) -> bool:
         """Return whether SwAV assigns the keys of the queue to the prototypes, too."""
-        return self.loss_type == "swav" and self.keeps_keys
+        return self.loss_type == "swav" and self.has_queue
 
     @property
     def loss_factor(self) -> float:
@@ -823,9 +823,9 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
     queue_off = "use_nearest_keys" if p.use_nearest_keys else "use_negative_examples_from_queue"
     # fmt: off
     return [
-        (p.keeps_keys and p.K == 0,
+        (p.has_queue and p.K == 0,
          f"K=0 makes an empty queue. Choose K above 0, or {queue_off}=False."),
-        (p.keeps_keys and p.K * p.dim > LARGEST_QUEUE,
+        (p.has_queue and p.K * p.dim > LARGEST_QUEUE,
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer."),
         (bool(ungrouped),
          f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}, at least {2 * GROUPS}."),

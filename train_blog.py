@@ -313,7 +313,7 @@ def finish(name: str, seed: int, args: argparse.Namespace, results: Path) -> Non
 def results_table(rows: list[dict]) -> str:
     """Return a Markdown table with one line per configuration: mean ± sample standard deviation over seeds."""
 
-    def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
+    def mean_and_std(group: list[dict], column: str, digits: int) -> str:
         values = np.array([float(row[column]) for row in group if row[column] != ""])
         deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{values.mean():.{digits}f}{deviation}" if len(values) else ""
@@ -322,8 +322,8 @@ def results_table(rows: list[dict]) -> str:
     table = []
     for name in POST:
         if group := [row for row in rows if row["config"] == name]:
-            cosines = [mean_and_deviation(group, column, 3) for column in ("pos_cos", "neg_cos")]
-            table.append([name, mean_and_deviation(group, "accuracy", 1), str(POST[name]), *cosines, str(len(group))])
+            cosines = [mean_and_std(group, column, 3) for column in ("pos_cos", "neg_cos")]
+            table.append([name, mean_and_std(group, "accuracy", 1), str(POST[name]), *cosines, str(len(group))])
     return markdown_table([*header, "seeds"], table) + "\n"
 
 

@@ -92,7 +92,7 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def of_torchrun() -> tuple[int, int] | None:
+def torchrun_layout() -> tuple[int, int] | None:
     """Return (processes of each node, nodes) as torchrun started them this time, or None without torchrun.
 
     Raises:
@@ -110,7 +110,7 @@ def of_torchrun() -> tuple[int, int] | None:
 
 def is_elastic() -> bool:
     """Return whether torchrun starts processes again that ended with an error (`--max_restarts`)."""
-    return of_torchrun() is not None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    return torchrun_layout() is not None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def refuse_sharding(strategy: str) -> None:

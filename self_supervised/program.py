@@ -64,7 +64,7 @@ def one_line_errors(*others: type[Exception]) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        if os.environ.get(SHOW_STACK) or not (isinstance(error, (*EXPLAINED, *others)) or is_explained(error)):
+        if os.environ.get(SHOW_STACK) or not (isinstance(error, (*EXPLAINED, *others)) or is_machine_error(error)):
             raise
         raise SystemExit(f"error: {message_of(error)}" if prints_errors() else 1) from error
 
@@ -108,7 +108,7 @@ def prints_errors() -> bool:
     return rank_zero_only.rank == 0 or (dist.is_available() and dist.is_initialized())
 
 
-def is_explained(error: Exception) -> bool:
+def is_machine_error(error: Exception) -> bool:
     """Return whether a RuntimeError of PyTorch is caused by the machine."""
     return isinstance(error, RuntimeError) and (
         is_out_of_memory(error) or LOST_WORKER in str(error) or lost_a_process(error)

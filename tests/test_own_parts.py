@@ -148,7 +148,7 @@ def test_a_batch_that_is_not_full_has_the_images_that_there_are(trainer, caplog)
     model = LinearClassifierMethod(encoder=Net(), dataset_name="digits", num_data_workers=0, **settings)
     trainer().fit(model)
     assert "x 10 (images) = 10 images per optimizer step" in caplog.text
-    assert model.plan.lr == pytest.approx(0.1 * 10 / 256) and model.plan.of_checkpoint()["images"] == 256
+    assert model.plan.lr == pytest.approx(0.1 * 10 / 256) and model.plan.step_sizes()["images"] == 256
 
 
 def test_an_epoch_with_fewer_batches_than_are_accumulated(small, trainer, caplog):
@@ -156,7 +156,7 @@ def test_an_epoch_with_fewer_batches_than_are_accumulated(small, trainer, caplog
     trainer(accumulate_grad_batches=100, limit_train_batches=1.0).fit(model, images())
     assert "x 4 (accumulated batches) x 16 (images) = 64 images per optimizer step" in caplog.text
     assert "an epoch has 4 batches, so a step gets only 4/100" in caplog.text
-    assert model.plan.lr == pytest.approx(0.1 * 64 / 256) and model.plan.of_checkpoint()["accumulated"] == 100
+    assert model.plan.lr == pytest.approx(0.1 * 64 / 256) and model.plan.step_sizes()["accumulated"] == 100
 
 
 @pytest.mark.parametrize(("batch", "said"), [(1, False), (2, True)])

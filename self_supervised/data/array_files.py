@@ -135,7 +135,7 @@ def read_array(
         with opened_image(file) as image:
             check_range(image, pixel_range)
             image.load()
-            pixels = of_16_bits(image, pixel_range).convert(PIL_MODES[channels])
+            pixels = scaled_to_8_bits(image, pixel_range).convert(PIL_MODES[channels])
             return np.asarray(transposed(pixels, to_upright(image, exif_orientation)))
     return in_8_bits(channels_last(pixels, channels), pixel_range)
 
@@ -168,7 +168,7 @@ def read_tiff(file: str | BinaryIO, channels: int) -> np.ndarray:
         return pixels
 
 
-def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Image:
+def scaled_to_8_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Image:
     """Return a 16-bit image scaled to 8 bits, since PIL would clip its values at 255. Other images are unchanged."""
     if not image.mode.startswith("I"):
         return image

@@ -56,9 +56,9 @@ class ResumableSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         shards = getattr(self.dataset, "shards", None)
         in_windows = self.shuffle and isinstance(shards, np.ndarray) and len(shards) > WINDOW
-        return islice(self.of_shards(shards) if in_windows else super().__iter__(), self.skip, None)
+        return islice(self.shuffled_in_windows(shards) if in_windows else super().__iter__(), self.skip, None)
 
-    def of_shards(self, shards: np.ndarray) -> Iterator[int]:
+    def shuffled_in_windows(self, shards: np.ndarray) -> Iterator[int]:
         """Return this process's indices, shard after shard and shuffled in windows. As in `DistributedSampler`, images
         are repeated or dropped at the end if they cannot be divided equally."""
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -242,7 +242,7 @@ def first_batches_of_user(loaders: Any) -> Iterator[tuple[int, Any]]:
         yield index, batch
 
 
-def whole_numbers(labels: Tensor | None) -> Tensor | None:
+def class_indices(labels: Tensor | None) -> Tensor | None:
     """Return class labels [N] or [N, 1] of any type as int64 [N]; multi-hot labels [N, K] are unchanged.
 
     Values are not read, which would wait for the device.
@@ -268,7 +268,7 @@ def check_views(views: Any, n: int) -> None:
 
 
 @contextmanager
-def one_image_explained(x: Tensor) -> Iterator[None]:
+def explain_batch_of_one(x: Tensor) -> Iterator[None]:
     """Add a way out to PyTorch's error about a batch of one image in train mode, which has no batch statistics."""
     try:
         yield

@@ -18,7 +18,7 @@ from self_supervised.catalogue import ViewSettings
 from self_supervised.data import arrow, subsets
 from self_supervised.data.arrow import ArrowImages
 from self_supervised.data.class_labels import UNLABELED, class_names_of, class_numbers_of, first_names, labels_text
-from self_supervised.data.file_search import PassedOver, tell, tell_once
+from self_supervised.data.file_search import PassedOver, log_counts, log_once
 from self_supervised.data.files import Sample
 from self_supervised.data.folders import (
     ImageFolder,
@@ -150,10 +150,10 @@ def as_written(images_of: ImageList, folder: Path) -> tuple[Numbered, list[str]]
 def report_lists(source: CustomSource, samples_of: Numbered, how: str) -> None:
     """Log how many images there are, what was passed over in the search for them, and which split stands for one that
     is missing."""
-    tell(source.root, sum(map(len, samples_of.values())), f"images{how}", source.passed_over)
+    log_counts(source.root, sum(map(len, samples_of.values())), f"images{how}", source.passed_over)
     for split, other in INSTEAD.items():
         if samples_of.get(other) and not samples_of.get(split):
-            tell_once(f"{source.root}: no images for {split}; those for {other} are used instead")
+            log_once(f"{source.root}: no images for {split}; those for {other} are used instead")
 
 
 # ---- lists in splits_path ----

@@ -26,7 +26,7 @@ def with_statistics(params: Params) -> Params:
         return params
     dataset = data_sets.get_dataset(params, params.dataset.pretraining_splits)
     statistics = channel_statistics(dataset, params.data_seed, -4 if params.dataset.of_videos else -3)
-    mean, std = (list(params.of_each_channel(values)) for values in statistics)
+    mean, std = (list(params.per_channel(values)) for values in statistics)
     params = attrs.evolve(params, image_mean=params.image_mean or mean, image_std=params.image_std or std)
     rank_zero_info(f"{params.dataset_name}: image_mean={params.image_mean}, image_std={params.image_std}")
     return params

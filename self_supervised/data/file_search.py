@@ -66,12 +66,12 @@ class PassedOver(dict[str, list]):
         return in_one_line(f"; passed over: {', '.join(reasons)}") if reasons else ""
 
 
-def tell(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:
+def log_counts(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:
     """Log how many images or videos a source has, and what was passed over; each line once per process."""
-    tell_once(f"{where}: {n:,} {kind}{passed_over}")
+    log_once(f"{where}: {n:,} {kind}{passed_over}")
 
 
-def tell_once(line: str) -> None:
+def log_once(line: str) -> None:
     if line not in logged_lines:
         logged_lines.add(line)
         rank_zero_info(line)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from self_supervised.data.class_labels import MOST_NAMED, Label
-from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell_once
+from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, log_once
 from self_supervised.data.files import OnDisk
 from self_supervised.fields import first_of
 from self_supervised.program import in_one_line
@@ -60,7 +60,7 @@ class ImageFolder(OnDisk):
         return images_of if images_of.keys() - {""} else {"train": images_of.get("", [])}
 
     def label_of(self, path: str) -> Label:
-        return of_folder(path, self.labels_from)
+        return label_from_path(path, self.labels_from)
 
     def holds(self, path: str) -> bool:
         file = self.root / path
@@ -87,7 +87,7 @@ def split_named(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if name.lower() in names), None)
 
 
-def of_folder(path: str, labels_from: str | None) -> str | None:
+def label_from_path(path: str, labels_from: str | None) -> str | None:
     """Return the class of a relative path: the name of its first or last directory."""
     folders = path.split("/")[:-1]
     return None if labels_from is None or not folders else folders[0 if labels_from == "first_folder" else -1]
@@ -230,7 +230,7 @@ def report_unlisted(
     listed = {path for images in images_of.values() for path, _ in images}
     found = (path for path in files_below(root, image_suffixes(), PassedOver()) if path not in listed)
     if new := sorted(filter(is_wanted, found)):
-        tell_once(
+        log_once(
             f"{root}: {len(new):,} images are in none of the lists in {lists} and are not used, such as "
             f"{in_one_line(new[0])}. To train on them, start another run, or add lines PATH,CLASS_NUMBER (-1: no "
             "label) to train.txt there. To evaluate on other images than those of the pretraining, pass --splits_path "

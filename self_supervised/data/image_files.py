@@ -24,14 +24,14 @@ from self_supervised.data.array_files import (
     WAY_OUT,
     check_range,
     is_array,
-    of_16_bits,
     opened_image,
     read_array,
+    scaled_to_8_bits,
     suffix_of,
     to_upright,
     transposed,
 )
-from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell
+from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, log_counts
 from self_supervised.data.files import File, LabeledFiles, OnDisk, Sample, class_numbers_of_split
 from self_supervised.numerics import generator
 
@@ -62,7 +62,7 @@ def samples_in_class_folders(split: Path) -> list[Sample]:
         none = f"{', '.join(empty[:5])} holds no images" if empty else "there are no folders"
         raise ValueError(f"{split} must hold one folder of images per class, but {none}{passed_over}")
     samples = [(os.path.join(split, path), numbers[name]) for name, paths in of_class.items() for path in paths]
-    tell(split, len(samples), "images", passed_over)
+    log_counts(split, len(samples), "images", passed_over)
     return samples
 
 
@@ -118,7 +118,7 @@ def voc_samples(split: Path) -> list[tuple[str, np.ndarray]]:
             raise ValueError(f"{path} lists other images than {voc_lists(split)[0].name}. Unpack both again.")
         columns.append([int(label) for _, label in rows])
     images = split.parent / "VOCdevkit" / "VOC2007" / "JPEGImages"
-    tell(voc_lists(split)[0].parent, len(names), f"images of {split.name}", PassedOver())
+    log_counts(voc_lists(split)[0].parent, len(names), f"images of {split.name}", PassedOver())
     return [(str(images / f"{name}.jpg"), row) for name, row in zip(names, np.array(columns).T, strict=True)]
 
 
@@ -256,7 +256,7 @@ def read_image(
         operation = to_upright(image, exif_orientation)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        return transposed(in_mode(of_16_bits(image, pixel_range), channels), operation)
+        return transposed(in_mode(scaled_to_8_bits(image, pixel_range), channels), operation)
 
 
 def has_equal_pages(image: Image.Image) -> bool:

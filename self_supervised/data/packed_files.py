@@ -29,7 +29,7 @@ BATCH = 16  # images that a worker hands over at once
 WAIT_FOR_PACKING = 7 * 86400  # seconds to wait for another process that packs the same images
 SAMPLE = 16  # images from which the space on disk is estimated
 PIXEL_FILE, INDEX = "pixels.bin", "index.json"
-Stamp = tuple[str, str]  # path and signature of an image
+PathSignature = tuple[str, str]  # path and signature of an image
 opened: dict[Path, int] = {}  # descriptors, which forked workers share; spawned ones open the files again
 
 
@@ -87,7 +87,7 @@ def pack_files(images: ImageFiles, workers: int) -> None:
         ValueError: the directory is not writable, or the disk has too little space.
     """
     folder = cache_folder(images)
-    stamps = stamps_of(images)
+    stamps = signatures_of(images)
     pixels = find(folder, stamps)
     if (pixels.part < 0).any():
         check_folder("DATA_PATH", folder)
@@ -104,10 +104,10 @@ def pack_files(images: ImageFiles, workers: int) -> None:
 
 def use_packed(images: ImageFiles) -> None:
     """Let `images` read packed pixels of those images that are packed, and all others from their files."""
-    images.packed_pixels = find(cache_folder(images), stamps_of(images))
+    images.packed_pixels = find(cache_folder(images), signatures_of(images))
 
 
-def stamps_of(images: ImageFiles) -> list[Stamp]:
+def signatures_of(images: ImageFiles) -> list[PathSignature]:
     return [(os.path.abspath(path), repr(signature)) for path, signature, _ in images.signatures()]
 
 
@@ -129,7 +129,7 @@ def packed_side(images: ImageFiles) -> int:
     return round(max(view.crop_size for view in images.views) / CENTRAL) if images.views else images.size
 
 
-def find(folder: Path, stamps: list[Stamp]) -> PackedPixels:
+def find(folder: Path, stamps: list[PathSignature]) -> PackedPixels:
     """Return where the images with these stamps are packed."""
     n = len(stamps)
     places = PackedPixels([], np.full(n, -1), np.zeros(n, int), np.zeros((n, 3), int), np.zeros(n, bool))
@@ -153,7 +153,9 @@ def find(folder: Path, stamps: list[Stamp]) -> PackedPixels:
     return places
 
 
-def write_missing(folder: Path, images: ImageFiles, stamps: list[Stamp], packed: PackedPixels, workers: int) -> None:
+def write_missing(
+    folder: Path, images: ImageFiles, stamps: list[PathSignature], packed: PackedPixels, workers: int
+) -> None:
     """Write new parts with the images that are not in the parts found."""
     for leftover in folder.glob(f".*{UNFINISHED}"):  # of a process that was killed
         remove(leftover)

@@ -25,7 +25,7 @@ from self_supervised import distributed
 from self_supervised.data import shard_copies, shard_urls
 from self_supervised.data.file_search import PassedOver, image_suffixes, is_hidden
 from self_supervised.data.files import OnDisk
-from self_supervised.data.folders import ImageList, Label, as_label, of_folder, whole_number, with_labels
+from self_supervised.data.folders import ImageList, Label, as_label, label_from_path, whole_number, with_labels
 from self_supervised.data.shard_copies import ReadAhead
 from self_supervised.data.shard_names import SUFFIX, expanded_shards, split_in
 from self_supervised.safe_files import atomic_write
@@ -131,7 +131,7 @@ class TarShards(OnDisk):
 
     def label_of(self, path: str) -> Label:
         shard, member = self.parts(os.path.join(self.root, path))
-        return self.index[shard][member][2] if self.has_labels else of_folder(member, self.labels_from)
+        return self.index[shard][member][2] if self.has_labels else label_from_path(member, self.labels_from)
 
     def holds(self, path: str) -> bool:
         shard, member = self.parts(str(self.root / path))

@@ -19,7 +19,7 @@ from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import decoders, image_files
 from self_supervised.data.class_labels import UNLABELED, class_numbers_of, labels_text
-from self_supervised.data.file_search import PassedOver, folders_in, is_hidden, tell
+from self_supervised.data.file_search import PassedOver, folders_in, is_hidden, log_counts
 from self_supervised.data.files import LabeledFiles, Sample, class_numbers_of_split
 from self_supervised.data.folders import list_text
 from self_supervised.data.foreign_paths import refuse_foreign
@@ -220,7 +220,7 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[ViewSetti
     prefix = folder if params.video_path_prefix is None else as_path(params.video_path_prefix)
     if path.is_file():
         videos = numbered_videos(path, prefix, of_frames)
-        tell(path, len(videos), "videos", PassedOver())
+        log_counts(path, len(videos), "videos", PassedOver())
         names: dict[int, str] = {}
     else:
         videos = videos_in_class_folders(folder, of_frames)
@@ -350,7 +350,7 @@ def videos_in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
         raise ValueError(
             f"{folder} must hold one folder per class, each with {what}, or {list_file(folder)} must list the videos"
         )
-    tell(folder, len(videos), "videos", passed_over)
+    log_counts(folder, len(videos), "videos", passed_over)
     return videos
 
 

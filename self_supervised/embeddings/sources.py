@@ -28,7 +28,7 @@ from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.data_sets import prepare_data
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, data_path, files_below, image_suffixes
 from self_supervised.data.files import File
-from self_supervised.data.folders import ImageList, of_folder
+from self_supervised.data.folders import ImageList, label_from_path
 from self_supervised.data.image_files import has_equal_pages, in_mode, jpeg_size, read_any, read_image, read_reduced
 from self_supervised.data.packed import PackedImages
 from self_supervised.data.shard_urls import UnreachableShard
@@ -75,7 +75,7 @@ class Folder:
 
     def labels(self, paths: list[str]) -> list[str | None]:
         if self.columns:
-            return [of_folder(path, self.columns["labels_from"]) for path in paths]
+            return [label_from_path(path, self.columns["labels_from"]) for path in paths]
         in_class_folders = all(path.count("/") == 1 for path in paths)
         return [path.split("/")[0] if in_class_folders else None for path in paths]
 

@@ -20,7 +20,7 @@ from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
 from self_supervised.evaluation.feature_files import has_features, read_features, write_features
-from self_supervised.evaluation.fingerprints import fingerprint, of_view
+from self_supervised.evaluation.fingerprints import fingerprint, view_settings
 from self_supervised.evaluation.inner_layers import ActivationRecorder, inner_layers
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import finite, generator, on_scoring_device
@@ -196,7 +196,7 @@ def extract_views(
     params = attrs.evolve(params, seed=sampled.seed, clip_speeds=[1.0], clip_jitter=0.0)
     dataset = data_sets.get_dataset(params, splits, views)
     chosen = np.sort(generator(sampled.seed).permutation(len(dataset))[: sampled.n_images])
-    settings = {"views": len(views), "images": len(chosen), "seed": sampled.seed, "view": of_view(view)}
+    settings = {"views": len(views), "images": len(chosen), "seed": sampled.seed, "view": view_settings(view)}
     what = f"{len(views)} views of {len(chosen)} images"
     folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if sampled.averaged else {}))
     if not has_features(folder):

@@ -76,7 +76,7 @@ def contents(dataset: Dataset, root: str | Path | None = None) -> Iterator[bytes
         yield repr((below, label) if root else (below, *signature, label)).encode()
 
 
-def of_view(view: ViewSettings) -> dict[str, Any]:
+def view_settings(view: ViewSettings) -> dict[str, Any]:
     """Return the settings of a view, without later ones that have no effect: they would change earlier hashes."""
     return {k: v for k, v in attrs.asdict(view).items() if v or k not in ADDED_TO_VIEWS}
 

@@ -42,10 +42,10 @@ DECAY_OF_FEW = validation.PROBE_DECAY  # that of the linear probe during pretrai
 def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
     found_by = validation.knn_hits(train_x, train_y, test_x, test_y, KS)
     accuracies = {f"knn{k}_acc1": percentage(found) for k, found in found_by.items()}
-    return accuracies | of_classes("knn20_class_mean_acc1", found_by[20], test_y)
+    return accuracies | balanced_accuracy("knn20_class_mean_acc1", found_by[20], test_y)
 
 
-def of_classes(name: str, found: Tensor, test_y: Tensor) -> Scores:
+def balanced_accuracy(name: str, found: Tensor, test_y: Tensor) -> Scores:
     """Return {name: mean of the accuracies of the classes}, the balanced accuracy, for imbalanced test images. If no
     class has IMBALANCE times as many images as another, the accuracy says enough."""
     _, target, images_of = test_y.unique(return_inverse=True, return_counts=True)
@@ -70,7 +70,7 @@ def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, see
     set."""
     first, first_five, decay = linear_hits(train_x, train_y, test_x, test_y, seed)
     accuracies = {"acc1": percentage(first), "acc5": percentage(first_five)}
-    return {**accuracies, **of_classes("class_mean_acc1", first, test_y), "l2": decay}
+    return {**accuracies, **balanced_accuracy("class_mean_acc1", first, test_y), "l2": decay}
 
 
 def linear_classes(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> dict[int, float]:
@@ -132,7 +132,7 @@ def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
     scores = {}
     for k in track([k for k in FEW_LABELS if k < np.bincount(labels).min()], "few-label curve"):
         draws = [subsets.stratified(labels, per_class=k, seed=seed * FEW_DRAWS + draw) for draw in range(FEW_DRAWS)]
-        scores |= mean_and_deviation(f"labels{k}_acc1", [score(rows) for rows in draws])
+        scores |= mean_and_std(f"labels{k}_acc1", [score(rows) for rows in draws])
     return scores | {"labels_all_acc1": score(np.arange(len(labels)))}
 
 
@@ -155,11 +155,11 @@ def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
             rows = torch.from_numpy(rows)
             scores.append(svm(train_x[rows], labels[rows], test_x, test_y))
         (name,) = scores[0]
-        means |= mean_and_deviation(f"shot{k}_{name}", [score[name] for score in scores])
+        means |= mean_and_std(f"shot{k}_{name}", [score[name] for score in scores])
     return means
 
 
-def mean_and_deviation(name: str, values: list[float]) -> Scores:
+def mean_and_std(name: str, values: list[float]) -> Scores:
     """Return the mean over draws and, if there is more than one, the sample standard deviation (as over seeds)."""
     deviation = {f"{name}_std": float(np.std(values, ddof=1))} if len(values) > 1 else {}
     return {name: float(np.mean(values)), **deviation}

@@ -100,7 +100,7 @@ def build_timm(
         return timm.create_model(name, pretrained=pretrained, **more)
 
     with data_only(f"the published weights of {name}"):
-        with no_stochastic_depth_explained(name, drop_path_rate):
+        with explain_missing_drop_path(name, drop_path_rate):
             encoder, of_size = created(), {}
         try:
             measured_width(encoder, image, name)
@@ -117,7 +117,7 @@ def build_timm(
 
 
 @contextlib.contextmanager
-def no_stochastic_depth_explained(name: str, rate: float | None) -> Iterator[None]:
+def explain_missing_drop_path(name: str, rate: float | None) -> Iterator[None]:
     """Say in one line that timm's model does not take a `drop_path_rate`."""
     try:
         yield

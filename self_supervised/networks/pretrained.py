@@ -13,7 +13,7 @@ from self_supervised.data.foreign_paths import vetted, vetted_start
 from self_supervised.fields import as_path
 from self_supervised.networks import architectures, encoders, layouts, modules
 from self_supervised.networks.frozen_encoder import MEAN_AND_STD, SHARED_FIELDS, Encoder, Report, with_overrides
-from self_supervised.networks.published import is_published, of_videos, published
+from self_supervised.networks.published import is_published, published, video_settings
 
 # not taken over: evaluations and linear stages use all labeled images and layers, and have room for activations
 NOT_TAKEN_OVER = {"data_fraction", "drop_path_rate", "activation_checkpointing"}
@@ -98,7 +98,7 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
         if arch is not None:
             catalogue.check_name(arch)
         settings |= attrs.asdict(architectures.matching_architecture(weights, arch))
-        settings |= of_videos(settings["encoder_arch"])
+        settings |= video_settings(settings["encoder_arch"])
         layouts.refuse_other_heads(weights, settings["encoder_arch"])
     if settings.get("low_resolution_stem"):
         settings |= {"dataset_name": "cifar10", "stem_variant": weights.stem_variant}

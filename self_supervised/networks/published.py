@@ -40,7 +40,7 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
         "encoder_arch": arch,
         "dataset_name": "imagenet",
         "encoder_weights": weights,
-        **of_videos(arch),
+        **video_settings(arch),
         **facts_of_weights(arch, weights),
     }
     if overrides.get("in_channels") == 1:
@@ -61,7 +61,7 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
     return Encoder(model, attrs.evolve(params, encoder_weights=None), report)
 
 
-def of_videos(arch: str) -> dict[str, Any]:
+def video_settings(arch: str) -> dict[str, Any]:
     """Return the data set and number of frames of torchvision's encoders of clips; {} for other encoders."""
     if arch not in catalogue.video_models():
         return {}

@@ -97,11 +97,11 @@ def setting_rows(runs: Sequence[Run]) -> dict[str, Any]:
             presets = [run.settings.get("preset", "") for run in runs]
             standard = {of: text(values[name]) for of, values in zip(presets, plain, strict=True) if name in values}
             comment = comments.get(name, ("", ""))[1]
-            rows.append({"name": name, "comment": comment, "preset": of_presets(standard), "values": cells})
+            rows.append({"name": name, "comment": comment, "preset": preset_heading(standard), "values": cells})
     return {"rows": rows, "differ": bool(differing)}
 
 
-def of_presets(values: dict[str, str]) -> str:
+def preset_heading(values: dict[str, str]) -> str:
     """Return the values of presets as text: {"simclr": "0", "byol": "2"} -> "simclr 0, byol 2"; just the value if all
     are equal."""
     if len(set(values.values())) == 1:

@@ -125,7 +125,7 @@ class RunOptions:
             ValueError: torchrun started other processes.
         """
         given = {name: getattr(self, name) for name in TRAINER_OPTIONS}
-        if started := distributed.of_torchrun():
+        if started := distributed.torchrun_layout():
             on_node, nodes = started
             if number_of_devices(self.devices) not in (None, on_node) or self.num_nodes not in (1, nodes):
                 raise ValueError(

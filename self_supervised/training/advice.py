@@ -258,7 +258,7 @@ def doubt_of_queue(params: ModelParams, plan: Plan) -> str:
     images = plan.global_batch_size // (plan.processes if params.gather_keys_for_queue is False else 1)
     keys_of_a_step = images * len({j for _, j in params.pairs})
     filled = math.ceil(params.K / keys_of_a_step)
-    if not params.keeps_keys or params.loss_type in PROTOTYPE_LOSSES or filled <= plan.steps / 10:
+    if not params.has_queue or params.loss_type in PROTOTYPE_LOSSES or filled <= plan.steps / 10:
         return ""
     better = 2 ** int(math.log2(max(1, plan.steps * keys_of_a_step / 16)))
     return (
@@ -323,7 +323,7 @@ def lacks(params: ModelParams, name: str, loss_type: str) -> str:
 
 def value_of(params: ModelParams, name: str, loss_type: str) -> Any:
     if name == QUEUE and loss_type == CUSTOM_LOSS:
-        return params.keeps_keys  # an argument of the function
+        return params.has_queue  # an argument of the function
     if name in DERIVED:
         return DERIVED[name](params)
     return loss_type if name == "loss_type" else getattr(params, name)

@@ -19,12 +19,12 @@ from self_supervised import distributed
 from self_supervised.data import data_sets, loading
 from self_supervised.data.batches import (
     ResumableDataLoader,
+    class_indices,
     first_batches_of_user,
     images_and_labels,
     is_of_dataset_name,
     list_of_loaders,
     size_of_batches,
-    whole_numbers,
 )
 from self_supervised.data.class_labels import lacking
 from self_supervised.networks import modules
@@ -269,7 +269,7 @@ class BaseMethod(pl.LightningModule):
         loader = None if self.trainer.predicting else self.loader_of(dataloader_idx, training)
         if loader is not None and not is_of_dataset_name(loader):
             self.check_batch(batch, training)
-        labels = whole_numbers(labels)
+        labels = class_indices(labels)
         self.check_first(images, training, dataloader_idx)
         if not training:
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
@@ -334,7 +334,7 @@ class BaseMethod(pl.LightningModule):
         if (of_data := checkpoint.get(pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)) is not None:
             checkpoint[pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY] = hyperparameters.as_data(of_data)
         if self.plan is not None:
-            checkpoint["steps"] = self.plan.of_checkpoint()
+            checkpoint["steps"] = self.plan.step_sizes()
         if self._trainer is not None and is_cut_short(self.trainer):
             for counter in ("total", "current"):
                 epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"][counter]
@@ -375,8 +375,8 @@ class BaseMethod(pl.LightningModule):
         """
         content = checkpoints.read_checkpoint(checkpoint_path)
         settings = hyperparameters.overrides_of_checkpoint(content, checkpoint_path, cls, kwargs)
-        in_words = hyperparameters.misfit_in_words(checkpoint_path, cls, kwargs)
-        with data_only(str(checkpoint_path)), class_names_allowed(content), in_words:
+        explained = hyperparameters.explain_size_mismatch(checkpoint_path, cls, kwargs)
+        with data_only(str(checkpoint_path)), class_names_allowed(content), explained:
             method = super().load_from_checkpoint(checkpoint_path, *args, **settings)
         method.was_trained = True
         return method

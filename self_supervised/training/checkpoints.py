@@ -88,7 +88,7 @@ def newest(folder: str | Path) -> Path | None:
 # ---- Writing ----
 
 
-def of_data_only(content: dict[str, Any]) -> dict[str, Any]:
+def writable_content(content: dict[str, Any]) -> dict[str, Any]:
     """Return what to write of a checkpoint, of which only data is read: NumPy's numbers become Python's, and the state
     of a callback that holds other objects is left out with a warning.
 
@@ -141,7 +141,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):  # a URL, which fsspec writes
             return super().save_checkpoint(checkpoint, path, storage_options)
-        content = of_data_only(checkpoint)
+        content = writable_content(checkpoint)
         with atomic_file(Path(path)) as unfinished, unfinished.open("wb") as file:
             torch.save(content, file)
 

@@ -24,11 +24,11 @@ from self_supervised.training import fit_checks
 PLAIN_TYPES = (bool, int, float, str, type(None))
 OF_LOADING = ("map_location", "hparams_file", "strict", "weights_only")  # Lightning's, of load_from_checkpoint
 SEED_AT_IMPORT = torch.initial_seed()
-Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
+ParamsLike = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
 
 
 def resolve(
-    presets: Presets[Params], params: Given[Params], encoder: nn.Module | None, fields: dict[str, Any]
+    presets: Presets[Params], params: ParamsLike[Params], encoder: nn.Module | None, fields: dict[str, Any]
 ) -> tuple[Params, bool]:
     """Return the complete settings, and whether their seed was drawn.
 
@@ -182,7 +182,7 @@ def overrides_of_checkpoint(
 
 
 @contextmanager
-def misfit_in_words(path: str | Path, method: type[pl.LightningModule], passed: dict[str, Any]) -> Iterator[None]:
+def explain_size_mismatch(path: str | Path, method: type[pl.LightningModule], passed: dict[str, Any]) -> Iterator[None]:
     """Say in one line that a checkpoint's tensors do not fit the settings that were `passed`."""
     try:
         yield

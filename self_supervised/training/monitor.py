@@ -44,7 +44,7 @@ class TrainingMonitor(pl.Callback):
         self.is_to_stop = False  # whether something has told the Trainer to stop during this training
         self.n_skipped = 0
         self.position: dict | None = None  # state of our own loader in the checkpoint that is resumed
-        self.steps: dict | None = None  # `Plan.of_checkpoint()` of the run that is resumed
+        self.steps: dict | None = None  # `Plan.step_sizes()` of the run that is resumed
         self.random_state: Tensor | None = None  # the CPU's, before the training; None if `setup` was never reached
         self.cuda_states: list[Tensor] = []  # those of the GPUs
         self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
@@ -122,7 +122,7 @@ class TrainingMonitor(pl.Callback):
         if ResumableDataLoader.is_position(self.position) and isinstance(loader, ResumableDataLoader):
             loader.load_state_dict(self.position)
         if pl_module.plan is not None:
-            refuse_other_steps(self.steps, pl_module.plan.of_checkpoint())
+            refuse_other_steps(self.steps, pl_module.plan.step_sizes())
         for stopping in self.early_stopping if sum(trainer.num_val_batches) else ():
             stopping._check_on_train_epoch_end = False  # at once, before `Checkpoints` saves its state
         self.position = None

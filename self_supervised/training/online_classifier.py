@@ -54,7 +54,7 @@ def logits_of(classifier: nn.Linear, embeddings: Tensor) -> Tensor:
 
 
 @contextmanager
-def gradients_aside(classifier: nn.Linear) -> Iterator[None]:
+def hide_gradients(classifier: nn.Linear) -> Iterator[None]:
     """Hide the classifier's gradients while those of the method are clipped, so that they do not count in the norm."""
     kept = {parameter: parameter.grad for parameter in classifier.parameters()}
     for parameter in kept:

@@ -38,7 +38,7 @@ def with_schedule(params: EncoderAndDataParams, plan: Plan, groups: list[dict], 
         groups: parameter groups with their learning rates before `lr_scaling`.
         fraction: optimizer step -> fraction of the highest learning rate.
     """
-    scaled = [{**without(group, "final_weight_decay"), "lr": group["lr"] * plan.lr_factor} for group in groups]
+    scaled = [{**omit(group, "final_weight_decay"), "lr": group["lr"] * plan.lr_factor} for group in groups]
     optimizer = get_optimizer(params, scaled, plan.lr)
     pairs = zip(groups, optimizer.param_groups, strict=True)
     final_decays = [group.get("final_weight_decay", built["weight_decay"]) for group, built in pairs]
@@ -57,11 +57,11 @@ def get_optimizer(params: EncoderAndDataParams, groups: list[dict], lr: float) -
     if p.optimizer_name == "lars":
         optimizer = LARS(groups, lr, p.momentum, p.weight_decay, p.lars_eta, getattr(p, "grad_clip_lars", False))
     elif p.optimizer_name == "sgd":
-        groups = [without(group, "adapt") for group in groups]
+        groups = [omit(group, "adapt") for group in groups]
         nesterov = getattr(p, "nesterov", False)
         optimizer = torch.optim.SGD(groups, lr, p.momentum, weight_decay=p.weight_decay, nesterov=nesterov)
     else:
-        groups = [without(group, "adapt", "momentum") for group in groups]
+        groups = [omit(group, "adapt", "momentum") for group in groups]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[p.optimizer_name]
         optimizer = kind(groups, lr, tuple(map(float, p.adam_betas)), weight_decay=p.weight_decay)
     optimizer.register_load_state_dict_pre_hook(with_own_settings)
@@ -81,8 +81,10 @@ def with_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     before = saved["param_groups"]
     state = saved["state"]
     if all("param_names" in group for group in before):
-        number_of = dict(zip(map(plain_name, together(before, "param_names")), together(before, "params"), strict=True))
-        names = zip(map(plain_name, together(own, "param_names")), together(own, "params"), strict=True)
+        number_of = dict(
+            zip(map(plain_name, concatenated(before, "param_names")), concatenated(before, "params"), strict=True)
+        )
+        names = zip(map(plain_name, concatenated(own, "param_names")), concatenated(own, "params"), strict=True)
         state = {number: state[number_of[name]] for name, number in names if number_of.get(name) in state}
     elif [len(group["params"]) for group in own] != [len(group["params"]) for group in before]:
         raise ValueError(
@@ -92,12 +94,12 @@ def with_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     return {**saved, "state": state, "param_groups": own}
 
 
-def together(groups: list[dict], name: str) -> list:
+def concatenated(groups: list[dict], name: str) -> list:
     """Return the items of the lists `name` of all groups, in their order."""
     return [item for group in groups for item in group[name]]
 
 
-def without(group: dict, *names: str) -> dict:
+def omit(group: dict, *names: str) -> dict:
     """Return a copy of a group without some of its settings."""
     return {key: value for key, value in group.items() if key not in names}
 

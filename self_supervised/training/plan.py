@@ -50,7 +50,7 @@ class Plan:
         """Images of all processes per optimizer step."""
         return self.processes * self.batches * self.images_read
 
-    def of_checkpoint(self) -> dict[str, int]:
+    def step_sizes(self) -> dict[str, int]:
         """Return what a checkpoint keeps as "steps", for a resumed run to compare."""
         return {
             "images": self.processes * self.accumulated * self.batch_size,

@@ -124,7 +124,7 @@ def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> No
     """Check that optimizer steps mean the same as before, because schedules and the position in the epoch count them.
 
     Args:
-        before: "steps" of the checkpoint that is resumed (`Plan.of_checkpoint`); None: of an earlier version.
+        before: "steps" of the checkpoint that is resumed (`Plan.step_sizes`); None: of an earlier version.
         now: the same of this run. "an_epoch" may be missing.
 
     Raises:

@@ -306,7 +306,7 @@ def say(text: str) -> None:
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
-def is_of_scores(row: dict[str, str]) -> bool:
+def is_score_row(row: dict[str, str]) -> bool:
     """Return whether a row of metrics.csv has scores only, of a validation."""
     names = {name for name, value in row.items() if value} - {"epoch", "step"}
     return bool(names) and all(name.startswith("valid_") for name in names)
@@ -315,7 +315,7 @@ def is_of_scores(row: dict[str, str]) -> bool:
 def has_scores(path: Path, epoch: int, n_steps: int) -> bool:
     """Return whether a metrics.csv has a row of scores of this epoch after all `n_steps`. The number in such a row is
     that of the last step, or of the one that would follow."""
-    of_epoch = [row for row in rows_of(path)[1] if is_of_scores(row) and row.get("epoch") == str(epoch)]
+    of_epoch = [row for row in rows_of(path)[1] if is_score_row(row) and row.get("epoch") == str(epoch)]
     return any(int(row["step"]) >= n_steps - 1 for row in of_epoch)
 
 
@@ -328,10 +328,10 @@ def rows_to_keep(rows: list[dict[str, str]], n_steps: int, counts_from_1: bool) 
     """
     kept = [row for row in rows if int(row["step"]) < n_steps]
     later = [row for row in rows if int(row["step"]) >= n_steps]
-    others = [row for row in kept if is_of_scores(row)] + [row for row in later if not is_of_scores(row)]
+    others = [row for row in kept if is_score_row(row)] + [row for row in later if not is_score_row(row)]
     epochs = {row.get("epoch") for row in others}
     last = [
-        row for row in later if int(row["step"]) == n_steps and is_of_scores(row) and row.get("epoch") not in epochs
+        row for row in later if int(row["step"]) == n_steps and is_score_row(row) and row.get("epoch") not in epochs
     ]
     return kept + (last if counts_from_1 else [])
 

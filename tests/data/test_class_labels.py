@@ -15,7 +15,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from self_supervised import catalogue
 from self_supervised.data import custom, data_sets, folders
-from self_supervised.data.batches import whole_numbers
+from self_supervised.data.batches import class_indices
 from self_supervised.data.class_labels import class_names, class_numbers_of, in_classes
 from self_supervised.data.facts import n_classes
 from self_supervised.evaluation import probes, validation
@@ -145,8 +145,8 @@ def test_labels_that_a_classifier_does_not_have_are_refused(wrong, message, smal
 
 
 def test_types_of_labels_are_exchanged_without_looking_at_values():
-    assert whole_numbers(torch.tensor([[1.0], [2.0]])).tolist() == [1, 2]
-    assert whole_numbers(torch.ones(2, 3)).shape == (2, 3) and whole_numbers(None) is None
+    assert class_indices(torch.tensor([[1.0], [2.0]])).tolist() == [1, 2]
+    assert class_indices(torch.ones(2, 3)).shape == (2, 3) and class_indices(None) is None
 
 
 # ---- packed arrays ----

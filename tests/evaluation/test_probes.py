@@ -55,7 +55,7 @@ def test_imbalanced_test_images_have_the_mean_over_classes_too(digits, found_by_
     rng = np.random.default_rng(0)
     y = rng.choice([2, 5, 7], 300, p=[0.9, 0.07, 0.03])
     predicted = np.where(rng.random(300) < 0.7, 2, y)
-    scores = probes.of_classes("mean", torch.from_numpy(predicted == y), torch.from_numpy(y))
+    scores = probes.balanced_accuracy("mean", torch.from_numpy(predicted == y), torch.from_numpy(y))
     assert scores == {"mean": pytest.approx(100 * balanced_accuracy_score(y, predicted))}
     train_x, train_y, test_x, test_y = digits
     rows = (test_y > 2) | (torch.arange(len(test_y)) % 5 == 0)
@@ -189,7 +189,7 @@ def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
     assert found["shot4_acc1"] == pytest.approx(np.mean(scores)) and found["shot4_acc1_std"] == pytest.approx(
         np.std(scores, ddof=1)
     )
-    assert probes.mean_and_deviation("acc1", [50.0]) == {"acc1": 50.0}
+    assert probes.mean_and_std("acc1", [50.0]) == {"acc1": 50.0}
     assert found["shot1_acc1"] < found["shot4_acc1"]
 
 

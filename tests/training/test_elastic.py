@@ -157,7 +157,7 @@ def test_options_follow_torchrun(monkeypatch):
 def test_status_after_a_signal(restarts, status, monkeypatch, small, trainer, tmp_path):
     """For torchrun, status 0 of one process is the end of the training."""
     fit = trainer(max_steps=4, limit_val_batches=0, callbacks=[Checkpoints(tmp_path / "run"), Signal()])
-    monkeypatch.setattr(distributed, "of_torchrun", lambda: (1, 1))
+    monkeypatch.setattr(distributed, "torchrun_layout", lambda: (1, 1))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     with pytest.raises(SystemExit) as end:
         fit.fit(SelfSupervisedMethod(small("simclr")))

@@ -146,7 +146,7 @@ class Largest(TorchDispatchMode):
 def test_similarities_exist_of_a_part_of_the_queries_at_a_time(preset):
     params = PRESETS[preset](**{**SMALL, "dim": 4}, micro_batch_size=8)
     q, k = (torch.randn(100, 4, requires_grad=True) for _ in range(2))
-    queue, largest, found = torch.randn(24, 4) if params.keeps_keys else None, {}, {}
+    queue, largest, found = torch.randn(24, 4) if params.has_queue else None, {}, {}
     for name, build in (("whole", losses.get_loss), ("parts", losses.get_loss_in_parts)):
         with Largest() as counted:
             found[name] = build(params)(q, k, queue)
