@@ -127,7 +127,7 @@ def evaluate_checkpoint(
         "versions": versions(),
     }
     results.begin(params.dataset_name, about)
-    inner = any(PROTOCOLS[protocol].inner_layers for protocol in protocols)
+    inner = any(PROTOCOLS[protocol].layers for protocol in protocols)
     data_of = {}
     for name, each_encoder in encoders.items():
         own = features.data_params(each_encoder, params.dataset_name, **reading)

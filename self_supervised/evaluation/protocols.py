@@ -112,7 +112,7 @@ class Protocol:
     by_default: bool = True  # False: takes many times as long as others, or has a score for each class
     needs_labels: bool = True
     needs_classes: bool = True  # one class per image
-    inner_layers: str | None = None  # whose outputs it scores: a row of INNER_LAYERS
+    layers: str | None = None  # whose outputs it scores: a key of INNER_LAYERS
     preset: str | None = None  # name in LINEAR_PRESETS, if the protocol trains by SGD
     goodness: Callable[[str, float], float] = lambda score, value: value  # highest for the best value of a score
 
@@ -123,8 +123,8 @@ class Protocol:
             return unlabeled
         if self.needs_classes and params.dataset.multi_label:
             return f"needs one class per image, but {params.dataset_name} is multi-label"
-        if self.inner_layers and not any(name.startswith(self.inner_layers) for name in inner_layers(encoder)):
-            return f"needs {INNER_LAYERS[self.inner_layers]}, but {params.encoder_arch} has none"
+        if self.layers and not any(name.startswith(self.layers) for name in inner_layers(encoder)):
+            return f"needs {INNER_LAYERS[self.layers]}, but {params.encoder_arch} has none"
         return None
 
 
@@ -171,7 +171,7 @@ PROTOCOLS = {
         partial(score_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
         "as linear, for the output of each of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
-        inner_layers="layer",
+        layers="layer",
     ),
     "linear_blocks": Protocol(
         score_blocks,
@@ -179,7 +179,7 @@ PROTOCOLS = {
         "encoder reads its last block, such as the class token after the last normalization",
         "https://arxiv.org/abs/2104.14294, appendix F.2",
         by_default=False,
-        inner_layers="block",
+        layers="block",
     ),
     "linear_classes": Protocol(
         score_classes,
@@ -209,7 +209,7 @@ PROTOCOLS = {
         seeded=False,
         by_default=False,
         needs_classes=False,
-        inner_layers="layer",
+        layers="layer",
     ),
     "low_shot_svm": Protocol(
         seeded_probe(probes.low_shot_svm),

@@ -32,11 +32,17 @@ def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor 
         labels: [N], -1 for unlabeled images.
 
     Raises:
-        ValueError: there are no labels.
+        ValueError: there are no labels, or labels that the classifier does not have.
     """
     if labels is None or labels.dim() != 1:
         raise ValueError(
             "online_classifier=True needs one label per image. Yield labels [N], with -1 for unlabeled images."
+        )
+    n_classes = classifier.out_features
+    if not labels.is_cuda and len(labels) and (highest := labels.max()) >= n_classes:  # on a GPU, the check would wait
+        raise ValueError(
+            f"the loader yields the label {highest}, but online_classifier=True has the {n_classes} classes of "
+            "dataset_name. Set dataset_name to the data set of the loader's images."
         )
     logits = logits_of(classifier, embeddings.detach())
     total = F.cross_entropy(logits, labels, ignore_index=UNLABELED, reduction="sum")
