@@ -820,11 +820,12 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
     across_batch = ", ".join(f"{field}={getattr(p, field)!r}" for field in dict.fromkeys(across))
     needs_batch = p.teacher is not None or p.loss_type in STATISTIC_LOSSES  # keys of other batches do not help
     queue_helps = p.queue_may_hold_negatives and not needs_batch and not across_batch
-    queue_off = "use_nearest_keys" if p.use_nearest_keys else "use_negative_examples_from_queue"
+    without_queue = f", or {'use_nearest_keys' if p.use_nearest_keys else 'use_negative_examples_from_queue'}=False"
+    needs_queue = not p.use_nearest_keys and not p.has_negatives_of_batch and p.loss_type in NEED_NEGATIVES
     # fmt: off
     return [
         (p.has_queue and p.K == 0,
-         f"K=0 makes an empty queue. Choose K above 0, or {queue_off}=False."),
+         f"K=0 makes an empty queue. Choose K above 0{'' if needs_queue else without_queue}."),
         (p.has_queue and p.K * p.dim > LARGEST_QUEUE,
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer."),
         (bool(ungrouped),

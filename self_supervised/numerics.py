@@ -126,7 +126,7 @@ def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` within the context, and leave the caller's generators of all devices as they are.
+    """Draw from `seed` within the context, and leave the caller's generators of CPU and GPUs as they are.
 
     Those of CUDA are seeded only where they may be used, because a process that has initialized CUDA cannot be forked.
     """

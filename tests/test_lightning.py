@@ -279,6 +279,8 @@ def test_a_checkpoint_of_an_exception_resumes_with_the_batch_that_failed(hook, s
         trainer(**length, enable_checkpointing=True, callbacks=[Fails(), OnExceptionCheckpoint(tmp_path)]).fit(first)
     trainer(**length).fit(resumed, ckpt_path=tmp_path / "on_exception.ckpt")
     assert resumed.trainer.global_step == whole.trainer.global_step == 20
+    steps_logged = [one.trainer.fit_loop.epoch_loop._batches_that_stepped for one in (resumed, whole)]
+    assert steps_logged == [20, 20]
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 

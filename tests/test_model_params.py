@@ -117,7 +117,7 @@ def test_unknown_field_is_a_type_error():
             },
             "use_nearest_keys=True replaces keys by neighbors.*same_view=False",
         ),
-        ({"K": 0}, "K=0 .*use_negative_examples_from_queue=False"),
+        ({"K": 0}, "K=0 makes an empty queue. Choose K above 0\.$"),
         ({"use_negative_examples_from_same_view": True}, "use_lagging_model=False .*True.*prediction_mlp_layers=0"),
         (
             {
@@ -184,6 +184,8 @@ def test_refused_at_construction(fields, message):
         ("simclr", WITHOUT_NEGATIVES, 2),
         ("nnclr", WITHOUT_NEGATIVES, 1),
         ("nnclr", {"K": 0}, 1),
+        ("sce", {"K": 0}, 1),
+        ("moco_v2", {"K": 0}, 0),
         ("simclr", {"batch_size": 1}, 1),  # a queue
         ("moco_v3", {"batch_size": 1}, 0),  # a queue does not help: a larger batch only
         ("nnclr", {"batch_size": 1}, 0),

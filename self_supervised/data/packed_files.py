@@ -201,9 +201,9 @@ def remove_superseded(folder: Path, signatures: dict[str, str]) -> None:
     for index in folder.glob(f"part-*/{INDEX}"):
         rows = json.loads(index.read_text())["stamps"]
         if all(signatures.get(path, signature) != signature for path, signature in rows):
-            remove(index.parent)
             if (pixels := index.with_name(PIXEL_FILE)) in opened:  # a deleted file takes space until it is closed
                 os.close(opened.pop(pixels))
+            remove(index.parent)
 
 
 # ---- reducing ----

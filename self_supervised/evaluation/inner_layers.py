@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torchvision
 from torch import Tensor, nn
 
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import RESNET_STAGES
 
 LAST_BLOCKS = 4  # as in https://arxiv.org/abs/2104.14294
-TRANSFORMERS = {"VisionTransformer", "Eva", "Beit"}  # classes of timm and torchvision
+TIMM_TRANSFORMERS = {"VisionTransformer", "Eva", "Beit"}  # names of classes: timm is optional, and slow to import
 Reading = Callable[[Tensor], Tensor]  # of the output of a layer, as [N, E]
 
 
@@ -20,9 +21,12 @@ def inner_layers(encoder: Encoder) -> dict[str, tuple[nn.Module, Reading]]:
     stages = {name: getattr(model, name, None) for name in RESNET_STAGES}
     if all(map(has_convolution, stages.values())):
         return {name: (stage, lambda output: output.flatten(2).mean(2)) for name, stage in stages.items()}
-    if not TRANSFORMERS & {kind.__name__ for kind in type(model).__mro__}:
+    if isinstance(model, torchvision.models.VisionTransformer):
+        blocks = list(model.encoder.layers)
+    elif TIMM_TRANSFORMERS & {kind.__name__ for kind in type(model).__mro__} and hasattr(model, "forward_head"):
+        blocks = list(model.blocks)
+    else:
         return {}
-    blocks = list(model.encoder.layers if hasattr(model, "encoder") else model.blocks)
     numbers = range(len(blocks))[-LAST_BLOCKS:]
     return {f"block{number + 1:02}": (blocks[number], reading_of_tokens(model)) for number in numbers}
 
@@ -30,7 +34,7 @@ def inner_layers(encoder: Encoder) -> dict[str, tuple[nn.Module, Reading]]:
 def reading_of_tokens(transformer: nn.Module) -> Reading:
     """Return how a transformer turns the tokens [N, T, E] after a block into an embedding: its last normalization, then
     the class token, or whatever it pools."""
-    if hasattr(transformer, "encoder"):  # torchvision's
+    if isinstance(transformer, torchvision.models.VisionTransformer):
         return lambda tokens: transformer.encoder.ln(tokens)[:, 0]
     return lambda tokens: transformer.forward_head(transformer.norm(tokens), pre_logits=True)
 

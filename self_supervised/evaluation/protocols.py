@@ -140,7 +140,10 @@ def training_row(preset: str, definition: str, source: str) -> Protocol:
     return Protocol(partial(train_and_score, preset=preset), definition, source, preset=preset)
 
 
-INNER_LAYERS = {"layer": "an encoder with layer1 to layer4", "block": "a vision transformer"}  # first word of names
+INNER_LAYERS = {
+    "layer": "an encoder with layer1 to layer4",
+    "block": "a ViT of timm (VisionTransformer, Eva, Beit) or torchvision",
+}  # first word of names
 FROZEN = "frozen features of whole images"
 OF_PATCHES = (
     f"on the mean of the features of {PATCHES.n_views} random patches of an image: the data set's augmentations, "

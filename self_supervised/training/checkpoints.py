@@ -24,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from self_supervised import distributed
+from self_supervised.data.batches import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
 from self_supervised.safe_files import atomic_file, disk_errors_named, local_path
@@ -86,6 +87,21 @@ def newest(folder: str | Path) -> Path | None:
 
 
 # ---- Writing ----
+
+
+def take_back_begun_batch(checkpoint: dict) -> None:
+    """Subtract a batch that has begun but not ended from the counters of a checkpoint: it is trained on after resuming.
+    The second call changes nothing."""
+    loop = checkpoint["loops"]["fit_loop"]
+    batches = loop["epoch_loop.batch_progress"]
+    begun = batches["current"]["ready"] - batches["current"]["processed"]
+    has_started = batches["current"]["started"] - batches["current"]["processed"]  # not yet in on_train_batch_start
+    for position in loop["state_dict"].get("combined_loader", []):
+        if ResumableDataLoader.is_position(position):
+            position["batches"] -= begun
+    for counter in batches["total"], batches["current"]:
+        counter["ready"] -= begun
+        counter["started"] -= has_started
 
 
 def writable_content(content: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +277,9 @@ class Checkpoints(pl.Callback):
         before = self.asked
         self.asked = distributed.any_process_later(self.received is not None, device)
         return (before if distributed.is_distributed() else self.asked)()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        take_back_begun_batch(checkpoint)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer, pl_module)

@@ -19,7 +19,7 @@ from self_supervised.data.batches import ResumableDataLoader, list_of_loaders
 from self_supervised.distributed import to_host
 from self_supervised.numerics import not_finite
 from self_supervised.training import optimizers
-from self_supervised.training.checkpoints import SafeCheckpointIO
+from self_supervised.training.checkpoints import SafeCheckpointIO, take_back_begun_batch
 from self_supervised.training.parameter_groups import ONLINE
 from self_supervised.training.resuming import refuse_other_steps
 from self_supervised.views.input_checks import REPAIR, count_not_finite
@@ -199,16 +199,7 @@ class TrainingMonitor(pl.Callback):
         self.report_unreadable(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Subtract a batch that has begun but not ended (`Checkpoints`, or an exception): it is trained on after
-        resuming."""
-        loop = checkpoint["loops"]["fit_loop"]
-        batches = loop["epoch_loop.batch_progress"]
-        begun = batches["current"]["ready"] - batches["current"]["processed"]
-        for position in loop["state_dict"].get("combined_loader", []):
-            if ResumableDataLoader.is_position(position):
-                position["batches"] -= begun
-        for counter in batches["total"], batches["current"]:
-            counter["ready"] -= begun
+        take_back_begun_batch(checkpoint)  # also if another callback saves, after an exception
 
     def report_unreadable(self, trainer: pl.Trainer) -> None:
         """Report unreadable files among those that this process reads, if there are more than before."""

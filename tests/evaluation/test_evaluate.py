@@ -425,7 +425,7 @@ def test_invalid_settings_are_refused_before_any_protocol_runs(checkpoint, monke
         evaluate_checkpoint(checkpoint, ["knn", "lineer"])
     with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, but small_cnn"):
         evaluate_checkpoint(checkpoint, ["knn", "linear_stages"])
-    with pytest.raises(ValueError, match="'linear_blocks' needs a vision transformer, but small_cnn"):
+    with pytest.raises(ValueError, match="'linear_blocks' needs a ViT of timm .*, but small_cnn"):
         evaluate_checkpoint(checkpoint, ["linear_blocks"])
     with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
         evaluate_checkpoint("nothing.ckpt", ["knn"])

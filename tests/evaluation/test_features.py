@@ -11,7 +11,7 @@ from torch import nn
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data import data_sets
-from self_supervised.evaluation import feature_files, features, fingerprints, probes
+from self_supervised.evaluation import feature_files, features, fingerprints, inner_layers, probes
 from self_supervised.evaluation.features import EvaluationData, SampledViews, data_params, extract, extract_views
 from self_supervised.evaluation.fingerprints import fingerprint
 from self_supervised.evaluation.protocols import PROTOCOLS, runnable
@@ -83,6 +83,12 @@ def test_blocks_are_read_as_the_encoder_reads_its_last_one(tmp_path, digits_path
         side_by_side = [torch.cat(list(part.inner.values()), 1) for part in (data.train, data.test)]
         expected = probes.linear(side_by_side[0], data.train.y, side_by_side[1], data.test.y, seed=0)
         assert PROTOCOLS["linear_blocks"].run(data, 0) == expected
+
+
+def test_another_class_of_that_name_has_no_known_blocks():
+    other = type("VisionTransformer", (Tiny,), {})()
+    del other.layer1
+    assert inner_layers.inner_layers(Encoder(other, encoder().params, encoder().report)) == {}
 
 
 def test_existing_features_are_not_computed_again(tmp_path, monkeypatch):
