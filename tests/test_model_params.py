@@ -117,7 +117,7 @@ def test_unknown_field_is_a_type_error():
             },
             "use_nearest_keys=True replaces keys by neighbors.*same_view=False",
         ),
-        ({"K": 0}, "K=0 makes an empty queue. Choose K above 0\.$"),
+        ({"K": 0}, "K=0 makes an empty queue. Choose K above 0.$"),
         ({"use_negative_examples_from_same_view": True}, "use_lagging_model=False .*True.*prediction_mlp_layers=0"),
         (
             {
