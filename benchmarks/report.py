@@ -56,7 +56,7 @@ def table_of(path: Path) -> str:
     about, rows = harness.read(path)
     if path.stem.startswith("sweep"):
         rows = tries_of_presets(rows)
-    elif "preset" in rows[0]:
+    elif {"preset", "lr"} <= rows[0].keys():
         run = ("preset", "lr", "settings") if any(row["settings"] for row in rows) else ("preset", "lr")
         rows = over_seeds(rows, run, OF_PRESETS)
     if path.stem.startswith("race"):

@@ -136,7 +136,8 @@ def is_rule(line: str) -> bool:
 
 def test_the_pages_show_what_the_files_hold():
     text = "".join((ROOT / "docs" / name).read_text() for name in report.PAGES)
-    files = sorted(path for path in harness.RESULTS.glob("*.csv") if not path.stem.endswith(("_curves", "recipes")))
+    files = sorted(path for path in harness.RESULTS.glob("*.csv") if not path.stem.endswith("_curves"))
     assert len(files) >= 7
-    for path in files:
-        assert report.insert(text, path.stem, report.table_of(path)) == text and f"<!-- {path.stem} -->" in text
+    for path in files:  # recipes.csv is behind the results in recipes.md
+        assert report.insert(text, path.stem, report.table_of(path)) == text
+        assert f"<!-- {path.stem} -->" in text or path.stem == "recipes"
