@@ -95,13 +95,13 @@ def take_back_begun_batch(checkpoint: dict) -> None:
     loop = checkpoint["loops"]["fit_loop"]
     batches = loop["epoch_loop.batch_progress"]
     begun = batches["current"]["ready"] - batches["current"]["processed"]
-    has_started = batches["current"]["started"] - batches["current"]["processed"]  # not yet in on_train_batch_start
+    started = batches["current"]["started"] - batches["current"]["processed"]  # not yet in on_train_batch_start
     for position in loop["state_dict"].get("combined_loader", []):
         if ResumableDataLoader.is_position(position):
             position["batches"] -= begun
     for counter in batches["total"], batches["current"]:
         counter["ready"] -= begun
-        counter["started"] -= has_started
+        counter["started"] -= started
 
 
 def writable_content(content: dict[str, Any]) -> dict[str, Any]:
