@@ -3,7 +3,7 @@
     python -m benchmarks.motion data --seeds 0 1 2
 
 Makes the videos of benchmarks.moving_photographs in DATA_PATH unless they exist. Each seed is one initialization and
-one pretraining without labels, which takes a few minutes on two cores. Then kNN, a linear classifier and retrieval are
+one pretraining without labels, which takes ten minutes on two cores. Then kNN, a linear classifier and retrieval are
 fitted on frozen features of the training videos, and scored on the videos of other photographs, for the random and the
 trained encoder. The features are those of one clip in the middle of a video, or the mean of ten from its beginning to
 its end, or of ten still images. moving_photographs.csv has means and sample standard deviations over seeds.
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.motion", allow_abbrev=False)
     parser.add_argument("data", type=as_path, metavar="DATA_PATH", help="made unless it is there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--out", type=as_path, default=Path("runs/motion"), help="folder of checkpoints and scores")
     parser.add_argument("--results", type=as_path, default=harness.RESULTS, help="folder of the CSV file")
     args = parser.parse_args()
