@@ -143,7 +143,7 @@ def training_row(preset: str, definition: str, source: str) -> Protocol:
 INNER_LAYERS = {
     "layer": "an encoder with layer1 to layer4",
     "block": "a ViT of timm (VisionTransformer, Eva, Beit) or torchvision",
-}  # first word of names
+}  # beginning of the layers' names -> who has them
 FROZEN = "frozen features of whole images"
 OF_PATCHES = (
     f"on the mean of the features of {PATCHES.n_views} random patches of an image: the data set's augmentations, "
