@@ -24,7 +24,7 @@ from self_supervised.data import data_sets, loading, subsets
 from self_supervised.data.batches import check_views, explain_batch_of_one, gathered, numbered
 from self_supervised.data.facts import count_classes, require_labels
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.linear_params import FROM_PRETRAINING, LINEAR_PRESETS
+from self_supervised.linear_params import LINEAR_PRESETS
 
 # earlier versions defined these here
 from self_supervised.linear_params import FineTuneParams as FineTuneParams
@@ -38,6 +38,7 @@ from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.frozen_encoder import SHARED_FIELDS
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import at_least_float32, rank_of, seeded
+from self_supervised.setting_groups import FROM_PRETRAINING
 from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks, refuse_last_batch_of_one

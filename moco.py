@@ -30,7 +30,7 @@ from self_supervised.numerics import Scores, as_tensors, at_least_float32, in_pa
 from self_supervised.training import advice, fit_checks, online_classifier, optimizers, parameter_groups, resuming
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import ParamsLike, resolve
-from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
+from self_supervised.training.micro_batches import MicroBatches, backward_of_parts, prepare_strategy
 from self_supervised.training.plan import get_plan, resolved_warmup_epochs
 from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import callbacks_of_record
@@ -96,7 +96,8 @@ class SelfSupervisedMethod(BaseMethod):
             self.online_classifier = online_classifier.build(width, p) if p.online_classifier else None
             if (p.global_batch_size or p.batch_size) == 1:  # fail early
                 fit_checks.try_one_image(self)
-        self.trained_at_start = {row.name for row in self.parameter_table()}  # raises if a pattern matches no parameter
+        self.trained_at_start = {name for name, weight in self.named_parameters() if weight.requires_grad}
+        fit_checks.check_patterns(self)
         # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         self.record_settings(embedding_dim=width)
@@ -216,11 +217,7 @@ class SelfSupervisedMethod(BaseMethod):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(loss, *args, **kwargs)
         if self.params.micro_batch_size is not None:
-            micro_batches, self.micro_batches = self.micro_batches, None
-            with self.trainer.precision_plugin.train_step_context():
-                micro_batches.backward()
-            distributed.average_gradients(self.parameters())
-            synchronize_buffers_alone(self.trainer.model)
+            backward_of_parts(self)
 
     def on_after_backward(self) -> None:
         if self.prototypes is not None and prototypes_are_frozen(self.params, self.global_step, self.plan):
@@ -274,8 +271,7 @@ class SelfSupervisedMethod(BaseMethod):
         if self.lagging_model is not None:
             modules.copy_modes(self.model, self.lagging_model)
         if self.params.micro_batch_size is not None:
-            refuse_strategy(self.trainer)
-            synchronize_buffers_alone(self.trainer.model)
+            prepare_strategy(self.trainer)
         fit_checks.refuse_last_batch_of_one(self)
         for line in [*advice.frozen_since(self.trained_at_start, now), *fit_checks.doubts_at_start(self)]:
             rank_zero_info(f"warning: {line}")

@@ -52,6 +52,7 @@ from self_supervised.fields import (
     positive,
     readable,
 )
+from self_supervised.setting_groups import CUSTOM_DATA, SUBSET, VIDEO, VIDEO_READING
 
 DROP_LAST = "drop_last_batch=True (drop_last=True of your own loader)"  # a way out of a last batch of one image
 LARGEST_IMAGE = 2**28  # elements of one image or clip, 1 GiB in float32
@@ -130,40 +131,10 @@ ALL_VIEW_LOSSES = losses_with(lambda loss: loss.all_views)
 STATISTIC_LOSSES = losses_with(lambda loss: loss.family == BATCHES)
 LABEL_LOSSES = losses_with(lambda loss: loss.labels)
 TWO_DISTRIBUTIONS = ("sce", "seed")  # losses that compare two distributions over keys
+NOT_FOR_TEACHERS = (*LABEL_LOSSES, *PROTOTYPE_LOSSES, *ALL_VIEW_LOSSES)
 NEED_NEGATIVES = losses_with(lambda loss: loss.negatives == "required")
 COMPARE_NEGATIVES = losses_with(lambda loss: loss.negatives != "none")
 SCHEDULED = {name: losses_that_read(name) for name in ("sce_coefficient", "sce_target_T")}  # have a schedule
-
-CUSTOM_DATA = (
-    "data_path",
-    "image_key",
-    "label_key",
-    "include_patterns",
-    "exclude_patterns",
-    "labels_from",
-    "class_to_idx",
-    "val_size",
-    "test_size",
-    "data_fraction",
-    "data_seed",
-    "splits_path",
-    "pixel_range",
-)  # settings of dataset_name="folder"; other data sets refuse them
-SUBSET = ("data_fraction", "data_seed")  # settings of CUSTOM_DATA that packed data sets accept, too
-VIDEO = (
-    "num_frames",
-    "clip_duration",
-    "clip_speeds",
-    "clip_jitter",
-    "video_decoder",
-    "frames_per_second",
-    "decoding_threads",
-    "video_path_prefix",
-    "evaluation_clips",
-    "evaluation_crops",
-)  # settings of videos
-TRAINING_ONLY = ("clip_speeds", "clip_jitter")  # random choices for training clips; evaluations make none
-VIDEO_READING = ("video_decoder", "decoding_threads")  # allowed with images: the preset sce_video sets them
 
 
 # ---- Settings of both stages ----
@@ -342,7 +313,6 @@ class EncoderAndDataParams:
         return self.low_resolution_stem
 
 
-EARLIER_DEFAULTS = {"exif_orientation": False}  # what earlier checkpoints, which lack these fields, did
 DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to start from with another data set
 
 
@@ -759,7 +729,8 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
         (p.loss_type in PROTOTYPE_LOSSES and not p.use_unit_sphere_projection,
          f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True."),
         (p.n_large_views == 1 and p.teacher is None and p.loss_type != "seed",
-         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or pass a teacher."),
+         "n_large_views=1 leaves no other view to compare with. Choose at least 2"
+         + ("." if p.loss_type in NOT_FOR_TEACHERS else ", or pass a teacher.")),
         (p.shuffle_batch_norm and not p.use_lagging_model,
          "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True."),
         (p.use_eqco_margin and p.loss_type != "ce",
@@ -786,7 +757,7 @@ def contradictions_of_keys(params: ModelParams) -> Contradictions:
          f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them."),
         (p.teacher is not None and p.use_lagging_model,
          "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them."),
-        (p.teacher is not None and p.loss_type in (*LABEL_LOSSES, *PROTOTYPE_LOSSES, *ALL_VIEW_LOSSES),
+        (p.teacher is not None and p.loss_type in NOT_FOR_TEACHERS,
          f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them."),
     ]
     # fmt: on

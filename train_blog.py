@@ -267,6 +267,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     trainer = pl.Trainer(
         max_epochs=params.max_epochs,
         callbacks=[RichProgressBar(), timer, stop_after(steps), checkpoints.Checkpoints(folder / "checkpoints")],
+        default_root_dir=folder,  # otherwise, with SLURM, Lightning looks for a checkpoint in the current directory
         devices=1,
         enable_checkpointing=False,
         enable_model_summary=False,

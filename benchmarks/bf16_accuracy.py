@@ -1,7 +1,7 @@
 """Accuracy of bf16-mixed, and of Winograd's convolutions, against 32-true: CIFAR-10, 3 epochs, 3 seeds each.
 
     python -m benchmarks.bf16_accuracy
-    python -m benchmarks.bf16_accuracy --methods simclr --arithmetic winograd
+    python -m benchmarks.bf16_accuracy --methods simclr --lr 0.12 --arithmetic winograd
     python -m benchmarks.bf16_accuracy --methods simclr --seeds 0 --data_fraction 0.1 --encoder_arch small_cnn
 
 Every finished training is a row of bf16_accuracy.csv and is not repeated when the command is started again. Means and
@@ -35,6 +35,7 @@ def trained(key: Row, settings: dict[str, Any]) -> Row:
         key["method"],
         "cifar10_laptop",
         **settings,
+        lr=key["lr"],
         encoder_arch=key["encoder"],
         data_fraction=key["fraction"],
         seed=key["seed"],
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="presets (all)")
     known = {"nargs": "+", "choices": ARITHMETIC, "default": ARITHMETIC[:2]}
     parser.add_argument("--arithmetic", **known, help="(32-true bf16-mixed)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (that of the recipe cifar10_laptop)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--max_epochs", type=int, default=3, help="epochs (3)")
     parser.add_argument("--encoder_arch", default="resnet18", help="encoder (resnet18)")
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         options.data_fraction = 0.2
     experiment = {"encoder": options.encoder_arch, "epochs": options.max_epochs, "fraction": options.data_fraction}
     for seed, method, precision in itertools.product(options.seeds, options.methods, options.arithmetic):
-        lr = recipe(method, "cifar10_laptop").lr
+        lr = options.lr or recipe(method, "cifar10_laptop").lr
         key = {"method": method, "lr": lr, "precision": precision, "seed": seed, **experiment}
         rows = finished(options.out / "bf16_accuracy.csv")
         if not has(rows, key):

@@ -225,6 +225,12 @@ def finished(path: Path) -> list[Row]:
     return read(path)[1] if path.exists() else []
 
 
+def explain_nothing_new(path: Path, rows_before: int) -> None:
+    """Print why a benchmark has trained nothing, if the file has as many rows as before."""
+    if len(finished(path)) == rows_before:
+        print(f"nothing to do: {path} has all these rows. --out DIRECTORY makes them again")
+
+
 def has(rows: Iterable[Row], known: Row) -> bool:
     """Return whether a row of a file has these values."""
     return any({name: str(value) for name, value in known.items()}.items() <= row.items() for row in rows)

@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     who = [*["ours"] * ("ours" in args.who), *(harness.installed("lightly") if "lightly" in args.who else [])]
     table = "race_teacher" if args.teacher else "race"
     path = args.out / f"{table}.csv"
+    rows_before = len(harness.finished(path))
     lacking = {STUDENT} | ({"vicreg"} if args.sgd == "benchmark" else set())  # methods that lightly's have not
     for seed, method, name in itertools.product(args.seeds, methods, who):
         recipe = args.recipe if name == "ours" else {"example": EXAMPLE, "benchmark": BENCHMARK}[args.sgd]
@@ -232,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             row = finished_run(known, {**taught, **(QUICK if args.quick else {})})
             others = harness.installed("lightly") if any(one["who"] == "lightly" for one in [*rows, row]) else []
             harness.report(table, [*rows, row], args.out, *others)
+    harness.explain_nothing_new(path, rows_before)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         args.presets, args.seeds, settings["max_epochs"] = ["vicreg"], [0], 1
     name = "recipes_quick" if args.quick else "recipes"
     rows = harness.finished(args.out / f"{name}.csv")
+    rows_before = len(rows)
     with tempfile.TemporaryDirectory() as folder:
         if args.recipe == "folder":
             write_folder(Path(folder))
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
                 params = recipes.recipe(preset, args.recipe, **settings, seed=seed)
                 rows.append({**known, **run(params)})
                 harness.report(name, rows, args.out)
+    harness.explain_nothing_new(args.out / f"{name}.csv", rows_before)
 
 
 if __name__ == "__main__":

@@ -72,12 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         presets, settings = ["simclr"], {**settings, **race.QUICK, "max_epochs": 1}
     name = "sweep_quick" if args.quick else f"sweep_{args.kind}"
     rows = harness.finished(args.out / f"{name}.csv")
+    rows_before = len(rows)
     for preset, factor in itertools.product(presets, args.factors[:1] if args.quick else args.factors):
         params = recipes.recipe(preset, args.kind, **settings, lr=float(f"{factor * usual_lr(preset):.3g}"))
         known = {"preset": preset, "lr": params.lr, "fraction": args.fraction}
         if not harness.has(rows, known):
             rows.append({**known, **tried(params, args.fraction, {} if args.quick else kind.reading)})
             harness.report(name, rows, args.out)
+    harness.explain_nothing_new(args.out / f"{name}.csv", rows_before)
 
 
 if __name__ == "__main__":

@@ -28,19 +28,19 @@ import attrs
 import numpy as np
 from torch import nn
 
-from model_params import DATASET_DEFAULTS, SUBSET, TRAINING_ONLY, EncoderAndDataParams
+from model_params import EncoderAndDataParams
 from self_supervised.data import data_sets
 from self_supervised.distributed import usable_device
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData
 from self_supervised.evaluation.fingerprints import fingerprint, seen, training_and_test
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
-from self_supervised.evaluation.results import OF_ENCODER, Results, RunRecord, folder_of
+from self_supervised.evaluation.results import Results, RunRecord, folder_of
 from self_supervised.fields import as_path, plain
 from self_supervised.linear_params import LinearClassifierMethodParams
 from self_supervised.networks.baselines import compared
 from self_supervised.networks.encoder_hash import checkpoint_hash, encoder_hash
-from self_supervised.networks.frozen_encoder import ENCODER_FACTS, Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import checkpoint_of, read_weights
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.networks.published import is_name
@@ -49,14 +49,8 @@ from self_supervised.report import evaluations, output
 from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_file, check_folder
+from self_supervised.setting_groups import ENCODER_FACTS, EVALUATE_OPTIONS, SET_BY_EVALUATION
 from self_supervised.training.run_folder import settings_of_run, versions
-
-READING_OPTIONS = (
-    *ENCODER_FACTS,
-    *(name for name in DATASET_DEFAULTS if name not in (*SUBSET, *TRAINING_ONLY)),
-    "exif_orientation",
-    "unreadable_images",
-)
 
 
 def evaluate_checkpoint(
@@ -106,6 +100,7 @@ def evaluate_checkpoint(
     checkpoint = checkpoint_of(checkpoint)
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
+    results = Results(folder, fresh, checkpoint)
     device = str(usable_device(device))
     given = {name: value for name in ENCODER_FACTS if (value := reading.pop(name, None)) is not None}
     read = partial(load_encoder, checkpoint, **given)
@@ -116,12 +111,11 @@ def evaluate_checkpoint(
     if protocols is None or any(PROTOCOLS[name].needs_labels for name in protocols):  # which also need test images
         protocols = runnable(protocols, trained, params)
     print_labels(params)
-    results = Results(folder, fresh)
     about = {
         "checkpoint": str(checkpoint),
         "encoders": {name: str(each_encoder.report) for name, each_encoder in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
-        "seen": seen(params) | {name: given[name] for name in OF_ENCODER if name in given},
+        "seen": seen(params) | {name: given[name] for name in SET_BY_EVALUATION if name in given},
         "training": training_of(results, params.dataset_name, protocols, training),
         "device": device,
         "versions": versions(),
@@ -322,14 +316,14 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     reading = parser.add_argument_group(
         "settings of encoder and files; default: those of the pretraining (see docs/options.md)"
     )
-    add_fields(reading, READING_OPTIONS)
+    add_fields(reading, EVALUATE_OPTIONS)
     return parser.parse_args(arguments)
 
 
 def evaluate_with_options(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
     training = {"max_epochs": args.max_epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_data_workers}
-    passed = {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}  # None is a value
+    passed = {name: getattr(args, name) for name in EVALUATE_OPTIONS if hasattr(args, name)}  # None is a value
     return evaluate_checkpoint(
         checkpoint,
         args.protocols,

@@ -2,7 +2,7 @@
 
 from attrs import field, frozen
 
-from model_params import DATASET_DEFAULTS, TRAINING_ONLY, Contradictions, EncoderAndDataParams, refuse
+from model_params import Contradictions, EncoderAndDataParams, refuse
 from self_supervised.catalogue import NORMS_AND_BIASES
 from self_supervised.fields import Preset, Presets, betas, choice, fraction, non_negative, number, positive, readable
 
@@ -68,16 +68,6 @@ def contradictions_of_classifier(params: LinearClassifierMethodParams) -> Contra
          f"momentum above 0 (is {p.momentum})."),
     ]
     # fmt: on
-
-
-IMAGE_SETTINGS = (  # how images are read
-    "dataset_name", "in_channels", "transform_crop_size", "image_mean", "image_std", "num_data_workers",
-    "pin_data_memory", "data_on_device", "pack_images", "unreadable_images", "exif_orientation",
-    *(name for name in DATASET_DEFAULTS if name not in TRAINING_ONLY),
-)  # fmt: skip
-FROM_PRETRAINING = (
-    "encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", "pooling_size", *IMAGE_SETTINGS,
-)  # fmt: skip
 
 
 # ---- Presets: rows of settings. LINEAR_PRESETS["linear_sgd"](dataset_name="cifar10") ----

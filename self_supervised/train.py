@@ -29,7 +29,6 @@ from self_supervised import distributed, recipes
 from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.report.compare import DATA
 from self_supervised.runs import (
     command_line,
     dry_run,
@@ -44,15 +43,14 @@ from self_supervised.runs import (
 from self_supervised.runs.progress import scores_line, significant
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
+from self_supervised.setting_groups import MEANING_OF_SCORES
 from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
-from self_supervised.training.trainer_state import is_cut_short
-from self_supervised.training.verdict import SCORE_SETTINGS, scores_at_end, verdict
+from self_supervised.training.trainer_state import begun_epochs, is_cut_short
+from self_supervised.training.verdict import obstacle_to, scores_at_end, verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes", "linear epochs")  # in results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
-# what the scores before and after the training mean; a moved run has its lists elsewhere
-OF_SCORES = ("evaluations", *SCORE_SETTINGS, *(DATA - {"splits_path"}))
 
 
 # ---- The two stages ----
@@ -65,7 +63,8 @@ def forget_other_scores(
     and can be computed again, because the method has the starting weights, named `start_name`."""
     is_scored = now["evaluations"] and now["limit_val_batches"] != 0
     baseline = run_folder.baseline_of(results)
-    if is_scored and baseline == start_name and any(settings.get(name, now[name]) != now[name] for name in OF_SCORES):
+    has_changed = any(settings.get(name, now[name]) != now[name] for name in MEANING_OF_SCORES)
+    if is_scored and baseline == start_name and has_changed:
         for name in (baseline, *run_folder.LATER_SCORES[:2], "verdict"):
             results.pop(name, None)
         write_on_rank_zero(out / "results.json", results)
@@ -81,7 +80,7 @@ def validation_scores(trainer: pl.Trainer, method: pl.LightningModule, of: str =
             return {}
         run_folder.say(f"Scores of the {of}:")
     loggers = trainer.loggers
-    epoch = trainer.current_epoch - 1 + method.first_epoch
+    epoch = begun_epochs(trainer, bool(method.step_metrics)) - 1 + method.first_epoch
     if loggers and not method.step_metrics:  # nothing was trained
         path = Path(loggers[0].log_dir) / "metrics.csv"
         is_logged = distributed.on_rank_zero(lambda: run_folder.has_scores(path, epoch, trainer.global_step))
@@ -160,18 +159,25 @@ def pretrain_stage(
     results |= model.labels_result()
     is_written = partial(earlier_run.is_written, out / "pretrained.ckpt", trainer.global_step)
     if has_begun or not distributed.on_rank_zero(is_written):
+        rank_zero_only(remove)(out / "pretrained.evaluation")  # of the earlier encoder, made in the meantime
         trainer.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     # Fewer than max_epochs if max_time ended the training. If no step was trained, the Trainer does not know them.
-    results.setdefault("epochs", trainer.current_epoch)
+    results.setdefault("epochs", begun_epochs(trainer, has_begun))
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
         results["trained encoder"] = validation_scores(trainer, model, "trained encoder")
-        if has_begun:
-            rank_zero_only(remove)(out / "pretrained.evaluation")  # of the earlier encoder, made in the meantime
     write_on_rank_zero(out / "results.json", results)  # the test may end the run, at an unreadable image
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(trainer.test(model, verbose=False)), {})
-    results["verdict"] = verdict(baseline, results[baseline], results["trained encoder"], model.params.evaluations)
+    results["verdict"] = verdict(baseline, results[baseline], results["trained encoder"], obstacle_to(trainer, model))
     write_on_rank_zero(out / "results.json", results)
+
+
+def forget_linear_classifier(results: dict[str, Any], out: Path) -> None:
+    """Delete the scores and the file of a classifier whose training starts over."""
+    for name in ("linear classifier", "linear epochs", "linear minutes"):
+        results.pop(name, None)
+    write_on_rank_zero(out / "results.json", results)
+    rank_zero_only(remove)(out / "linear.ckpt")
 
 
 def linear_stage(
@@ -186,6 +192,8 @@ def linear_stage(
     trainer = trainers.trainer_of_stage(out, "linear", options.linear_epochs, options)
     given = "auto" if options.resume else None
     resumed, step = earlier_run.resume_point(given, out, "linear", linear, trainer, options)
+    if resumed is None:
+        forget_linear_classifier(results, out)
     trainer.loggers = trackers.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
     keep_minutes = minutes_keeper(out, results, "linear minutes")
@@ -193,11 +201,9 @@ def linear_stage(
     trainer.fit(linear, ckpt_path=resumed)
     keep_minutes()
     results["linear classifier"] = validation_scores(trainer, linear)
-    results["linear epochs"] = trainer.current_epoch
-    if trainer.current_epoch < options.linear_epochs or is_cut_short(trainer):
-        run_folder.say(
-            f"The linear stage ended in epoch {trainer.current_epoch} of {options.linear_epochs}: max_time is up."
-        )
+    results["linear epochs"] = epochs = begun_epochs(trainer, bool(linear.step_metrics))
+    if epochs < options.linear_epochs or is_cut_short(trainer):
+        run_folder.say(f"The linear stage ended in epoch {epochs} of {options.linear_epochs}: max_time is up.")
     trainer.save_checkpoint(out / "linear.ckpt", weights_only=False)
     write_on_rank_zero(out / "results.json", results)
 

@@ -2,7 +2,10 @@
 
 import importlib
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -48,6 +51,14 @@ def quick(rank: int, name: str, folder: str) -> None:
 
 def test_all_are_found():
     assert len(NAMES) == 19 and {*SLOWEST, "step", "time_to_accuracy"} <= set(NAMES)
+
+
+def test_parity_lists_the_commands_of_the_checkouts():
+    """In a process of its own, which has no tests/ in its path."""
+    command = [sys.executable, "-m", "benchmarks.parity", "--list"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "git clone https://github.com/facebookresearch/vicreg && git -C vicreg checkout " in listed
 
 
 @pytest.mark.slow

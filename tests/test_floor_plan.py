@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import attrs
 import processes
 import pytest
 from conftest import QUIET
@@ -15,7 +16,7 @@ from conftest import QUIET
 ROOT = Path(__file__).parents[1]
 PACKAGE = "self_supervised"
 FLOORS = [  # the lowest first; folders and modules of the package, and the front rooms
-    "catalogue fields",
+    "catalogue fields setting_groups",
     "model_params recipes linear_params",
     "distributed threads safe_files torch_files folder_lock numerics program losses custom_loss multi_view_losses "
     "convolutions lars batchrenorm ws_resnet",
@@ -123,7 +124,7 @@ def test_settings_run_the_catalogue_and_the_fields_alone():
         seconds, ours, has_torch = json.loads(ran.stdout)
         if seconds < 0.2:
             break
-    assert ours == ["model_params", PACKAGE, f"{PACKAGE}.catalogue", f"{PACKAGE}.fields"] and not has_torch
+    assert ours == ["model_params", PACKAGE, *(f"{PACKAGE}.{room}" for room in FLOORS[0].split())] and not has_torch
     assert seconds < 0.2
 
 
@@ -174,6 +175,18 @@ def test_a_name_means_one_thing():
         defined.update(name for name in names if not name.startswith("__"))
     repeated = [name for name, times in defined.items() if times > 1 and name != "main"]
     assert not repeated, f"{repeated} are defined in two modules. Rename one, or import it from the other."
+
+
+def test_groups_of_settings_have_names_of_settings():
+    from model_params import ModelParams
+    from self_supervised import setting_groups
+    from self_supervised.linear_params import LinearClassifierMethodParams
+
+    settings = {field.name for kind in (ModelParams, LinearClassifierMethodParams) for field in attrs.fields(kind)}
+    groups = {name: group for name, group in vars(setting_groups).items() if name.isupper()}
+    strange = {name: {*group} - settings for name, group in groups.items()}
+    assert strange.pop("SCORED_IMAGES") == strange.pop("MEANING_OF_SCORES") == {"limit_val_batches"}  # of the Trainer
+    assert not any(strange.values())
 
 
 def test_the_tables_have_the_names_of_the_catalogue():

@@ -170,6 +170,41 @@ def test_a_subclass_may_have_its_own_optimizer(small, trainer, tmp_path, caplog)
     assert line.startswith("warning: K=4096: the queue has random vectors until step")
 
 
+@pytest.mark.parametrize("decay", [{"weight_decay": 0.1}, {}])
+def test_groups_of_an_own_optimizer_are_described_as_they_are(decay, small, trainer, caplog):
+    """Without a schedule, which would add `initial_lr`; Lightning's LearningRateMonitor reads the names."""
+
+    class Own(SelfSupervisedMethod):
+        def configure_optimizers(self):
+            parts = {"encoder": self.model, "heads": self.projection_model}
+            lrs = dict(zip(parts, (1e-4, 1e-3), strict=True))
+            names = dict.fromkeys(parts) if not decay else {part: {"name": part} for part in parts}
+            groups = [{"params": parts[p].parameters(), "lr": lrs[p], **(names[p] or {})} for p in parts]
+            return torch.optim.SGD(groups, lr=0.1, **decay)
+
+    trainer().fit(Own(small("simclr", evaluations=[]), encoder=TinyEncoder()))
+    (said,) = [message for message in caplog.messages if "parameter" in message and "steps" in message]
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    if decay:
+        assert lines[-2:] == ["encoder 2 0.0001 0.1", "heads 4 0.001 0.1"]
+    else:
+        assert said.endswith("; parameters: 2 and 4")
+
+
+def test_patterns_may_name_a_network_that_a_subclass_adds(small, trainer):
+    class Own(SelfSupervisedMethod):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            self.extra = nn.Linear(2, 2)
+
+    options = [{"pattern": "extra", "lr_mult": 10}]
+    model = Own(small("simclr", evaluations=[], parameter_options=options), encoder=TinyEncoder())
+    assert {row.name: row.lr for row in model.parameter_table()}["extra.weight"] == 10 * model.params.lr
+    lost = Own(small("simclr", parameter_options=[{"pattern": "extr_", "lr_mult": 10}]), encoder=TinyEncoder())
+    with pytest.raises(ValueError, match="the pattern 'extr_' matches none of"):
+        trainer().fit(lost)
+
+
 def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():
     def weights(**fields):
         fields = {"encoder_arch": "shufflenet_v2_x0_5", "dataset_name": "digits", "K": 8, **fields}

@@ -15,7 +15,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from self_supervised import recipes
 from self_supervised.evaluation.protocols import PROTOCOLS
-from self_supervised.exports.export import FACTS
+from self_supervised.setting_groups import EXPORT_OPTIONS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -72,4 +72,4 @@ def test_stored_lists_are_those_of_the_code():
     texts = {path.stem: path.read_text() for path in NOTEBOOKS}
     assert f'"{" ".join(recipes.KINDS["digits"].rows)}\\n"' in texts["quick_start"]
     assert all(f'"- **{name}**: {row.definition}' in texts["evaluate_and_export"] for name, row in PROTOCOLS.items())
-    assert all(f"'{name}': " in texts["evaluate_and_export"] for name in FACTS)
+    assert all(f"'{name}': " in texts["evaluate_and_export"] for name in EXPORT_OPTIONS)

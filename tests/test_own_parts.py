@@ -254,9 +254,17 @@ def test_an_encoder_that_is_no_module_is_named(encoder, small, tmp_path):
             load(tmp_path / "weights.pth", encoder=encoder)
 
 
-def test_a_head_that_is_replaced_without_its_lagging_copy_is_refused(small, trainer):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("projection_model", lambda head: nn.Linear(6, 16)),
+        ("model", lambda encoder: nn.Sequential(nn.Flatten(), nn.Linear(64, 6))),
+        ("model", lambda encoder: nn.Sequential(encoder, nn.Dropout())),
+    ],
+)
+def test_a_network_that_is_replaced_without_its_lagging_copy_is_refused(name, change, small, trainer):
     model = SelfSupervisedMethod(small("byol"), encoder=Net())
-    model.projection_model = nn.Linear(6, 16)
+    setattr(model, name, change(getattr(model, name)))
     with pytest.raises(ValueError, match="a network was replaced after the method was built"):
         trainer().fit(model)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_warn
 
-from model_params import CUSTOM_DATA, EncoderAndDataParams
+from model_params import EncoderAndDataParams
 from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import arrow, subsets
@@ -39,14 +39,13 @@ from self_supervised.data.tar_shards import TarShards
 from self_supervised.fields import as_path
 from self_supervised.folder_lock import locked
 from self_supervised.safe_files import local_path
+from self_supervised.setting_groups import CUSTOM_DATA, NOT_IN_LISTS, PATTERNS
 
 CustomSource = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class number or -1) of its images
 MOST_CLASSES = 10**6  # labels from this number on are ids or dates
 CLASS_NAMES_KEY = "classes"  # key in folders.SETTINGS: names of the classes, in the order of their numbers
 DRAWN_KEY = "drawn"  # likewise: whether val and test were drawn, or the images have splits of their own
-# Settings that change neither which images are in the lists nor their labels
-NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
 NOT_CLASSES = "labels_from=None (--labels_from none) if these are not classes"
 TEMPORARY = "unnamed-lists-"  # start of the name of a directory that is deleted soon, which no line names
 WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
@@ -201,8 +200,6 @@ def list_settings(params: EncoderAndDataParams) -> dict[str, Any]:
 
 
 # ---- sources and patterns ----
-
-PATTERNS = ("include_patterns", "exclude_patterns")  # of file names
 
 
 def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> CustomSource:

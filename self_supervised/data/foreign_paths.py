@@ -19,13 +19,11 @@ from typing import Any
 
 import yaml
 
-from model_params import EARLIER_DEFAULTS
 from self_supervised.data.file_search import data_path
 from self_supervised.data.folders import listed_in
 from self_supervised.fields import as_path
 from self_supervised.safe_files import file_hash
-
-PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path")
+from self_supervised.setting_groups import EARLIER_DEFAULTS, PATH_FIELDS
 
 
 class ForeignPath(str):

@@ -11,18 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from model_params import EncoderAndDataParams
 from self_supervised.data import video_files
-from self_supervised.data.custom import PATTERNS, is_selected, refuse_lost_patterns
+from self_supervised.data.custom import is_selected, refuse_lost_patterns
 from self_supervised.data.image_files import central_square, part_kept
 from self_supervised.data.packed import already_a_batch
 from self_supervised.data.shard_urls import UnreachableShard
 from self_supervised.embeddings.sources import ImageSource
-from self_supervised.networks.frozen_encoder import ENCODER_FACTS
 from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
+from self_supervised.setting_groups import COLUMNS, EMBED_OPTIONS, PATTERNS
 
 MOST_EMBED_WORKERS = 8
-CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
-COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets; the last for directories
-OVERRIDES = (*ENCODER_FACTS, "dataset_name", "exif_orientation", "pixel_range", *COLUMNS, *PATTERNS, *CLIPS)
 
 
 def parted(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -140,4 +137,4 @@ def add_embedding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument("--lagging", action="store_true", default=argparse.SUPPRESS, help=LAGGING)
     fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see docs/options.md)")
-    add_fields(fields, OVERRIDES)
+    add_fields(fields, EMBED_OPTIONS)

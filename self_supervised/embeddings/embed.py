@@ -20,7 +20,6 @@ import torchvision
 from self_supervised.data.image_files import preprocessing
 from self_supervised.distributed import usable_device
 from self_supervised.embeddings.batches import (
-    CLIPS,
     add_embedding_options,
     batches_of,
     parted,
@@ -36,6 +35,7 @@ from self_supervised.networks.pretrained import encoder_of
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of
 from self_supervised.safe_files import check_file
+from self_supervised.setting_groups import CLIPS
 
 
 def embed(

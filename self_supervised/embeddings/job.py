@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from model_params import EARLIER_DEFAULTS
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.parquet import ROWS
 from self_supervised.embeddings.sources import ImageSource, as_absolute, written_again
@@ -17,6 +16,7 @@ from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import finite
 from self_supervised.program import bar
 from self_supervised.safe_files import UNFINISHED
+from self_supervised.setting_groups import EARLIER_DEFAULTS
 
 SECONDS_OF_PART = 30  # after that time a part is written, even if it has few rows
 # metadata that must agree for all rows of a file

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from linear_classifier import LinearClassifierMethod
 from self_supervised.catalogue import OWN_MODULE
-from self_supervised.data.foreign_paths import PATH_FIELDS
 from self_supervised.evaluation.linear_models import linear_logits, standardized, within_span
 from self_supervised.evaluation.probes import DECAY_OF_FEW, DECAYS
 from self_supervised.fields import plain
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import OURS
 from self_supervised.safe_files import atomic_file
+from self_supervised.setting_groups import PATH_FIELDS
 
 HELD_OUT_FOLDS = 5
 PROBABILITY_PRECISION = 1e-6  # of the scores

@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 from torch.utils.data import Dataset
 
-from model_params import CUSTOM_DATA, TRAINING_ONLY, VIDEO, EncoderAndDataParams
+from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets, subsets
 from self_supervised.data.file_search import data_path
@@ -19,20 +19,10 @@ from self_supervised.data.packed import PackedImages
 from self_supervised.fields import plain
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.frozen_encoder import Encoder
+from self_supervised.setting_groups import CUSTOM_DATA, NOT_OF_FEATURES, NOT_OF_PROTOCOLS, PATH_FIELDS, VIDEO
 
 ADDED_TO_VIEWS = ("vertical_flip_probability", "rotation_probability")
 HASHED_AT_ONCE = 2**14  # images
-WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # settings that change no protocol's result
-# Settings that do not change the features, or that `settings_for_features` adds itself. All others, also those added
-# later, are part of the cache directory's name.
-UNUSED = (
-    "encoder_weights", "embedding_dim", "zero_init_residual", "drop_path_rate", "pooling_size",  # of the hashed encoder
-    "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
-    "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
-    "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
-    "torch_compile", "winograd", "activation_checkpointing", "pack_images", "exif_orientation", "seed",
-    "drop_last_batch", "lr_scaling", "lr_batch_size", *TRAINING_ONLY,
-)  # fmt: skip
 
 
 # ---- features: the names of the cache's directories ----
@@ -49,7 +39,7 @@ def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset
 def settings_for_features(params: EncoderAndDataParams) -> dict[str, Any]:
     """Return all settings that may change the encoder's input."""
     names = dict.fromkeys([*VIDEO, *CUSTOM_DATA, *(field.name for field in attrs.fields(type(params)))])
-    names = [name for name in names if name not in UNUSED]  # this order is hashed, too
+    names = [name for name in names if name not in NOT_OF_FEATURES]  # this order is hashed, too
     resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
     reads_image_files = not params.dataset.is_packed and not (
         params.dataset.of_videos and params.video_decoder == "file"
@@ -92,7 +82,7 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     """
     info = params.dataset
     names = VIDEO if info.of_videos else CUSTOM_DATA if info.is_custom else ()
-    unused = (*WITHOUT_EFFECT, "data_path", "splits_path", "video_path_prefix")
+    unused = (*NOT_OF_PROTOCOLS, *PATH_FIELDS)
     settings = {name: plain(getattr(params, name)) for name in names if name not in unused}
     if info.is_packed:
         return settings

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.progress import track
 
@@ -22,10 +23,11 @@ from self_supervised.data.facts import count_classes, n_classes
 from self_supervised.evaluation import label_free, linear_models, probes, validation
 from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
 from self_supervised.evaluation.inner_layers import LAST_BLOCKS, inner_layers
-from self_supervised.linear_params import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethodParams
+from self_supervised.linear_params import LINEAR_PRESETS, LinearClassifierMethodParams
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import Scores
 from self_supervised.program import TERMINATED, end, in_one_line
+from self_supervised.setting_groups import IMAGE_SETTINGS
 
 # ---- protocols that are not one function of features ----
 
@@ -89,6 +91,9 @@ def train_and_score(data: EvaluationData, seed: int, preset: str) -> Scores:
         enable_checkpointing=False,
         enable_model_summary=False,
         callbacks=[RichProgressBar()],
+        # of one process; SLURM's would save and load checkpoints of its own, in the current directory
+        plugins=[LightningEnvironment()],
+        default_root_dir=data.cache,
     )
     try:
         trainer.fit(method)

@@ -16,6 +16,7 @@ from self_supervised.fields import as_path
 from self_supervised.folder_lock import locked
 from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.safe_files import atomic_write, to_json, without_nan
+from self_supervised.setting_groups import SET_BY_EVALUATION
 
 RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; videos, custom data: seen
 RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
@@ -26,8 +27,6 @@ ENCODERS = {  # name -> title; in the order of the columns of the table
     "trained": "trained encoder",
     "lagging": "lagging encoder",
 }
-# settings of the encoder that an evaluation may change
-OF_ENCODER = ("transform_crop_size", "pooling_size", "image_mean", "image_std")
 DRAWN = "_std"  # suffix of the name of a standard deviation over draws within one run
 
 
@@ -37,9 +36,10 @@ class Results:
 
     Args:
         fresh: do not read earlier results, which `clear` deletes.
+        checkpoint: file that is not read yet; if it is replaced later, `add` refuses the scores of its encoder.
     """
 
-    def __init__(self, folder: Path, fresh: bool = False):
+    def __init__(self, folder: Path, fresh: bool = False, checkpoint: str | Path | None = None):
         self.folder = folder
         self.fresh = fresh
         self.path = folder / "results.json"
@@ -48,10 +48,12 @@ class Results:
         self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
-        self.encoder_settings: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
+        self.encoder_settings: dict[str, Any] = {}  # settings of SET_BY_EVALUATION that this one changes
         self.checkpoint_hashes: dict[str, str] = {}  # encoder -> SHA-256 of the checkpoint, if it is in this one
         self.earlier_config = stored["config"]
         self.refuse_others = False  # whether results of another checkpoint are an error
+        self.checkpoint = checkpoint
+        self.stamp = checkpoint and stamp_of(checkpoint)
 
     def clear(self) -> None:
         """Delete earlier results."""
@@ -70,7 +72,7 @@ class Results:
         refuse_others: bool = False,
     ) -> None:
         """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. Hashes may
-        depend on the settings OF_ENCODER; where these differ, the SHA-256 of the checkpoints are compared.
+        depend on SET_BY_EVALUATION; where these differ, the SHA-256 of the checkpoints are compared.
 
         Raises:
             ValueError: with `refuse_others`, if runs of another checkpoint would be dropped, now or by `add`.
@@ -109,7 +111,16 @@ class Results:
         self.config = self.config | self.own_config
 
     def add(self, *runs: RunRecord) -> None:
-        """Write runs to the files. They replace earlier runs with the same RUN_KEYS."""
+        """Write runs to the files. They replace earlier runs with the same RUN_KEYS.
+
+        Raises:
+            ValueError: the checkpoint was replaced, so that the runs would be taken for those of its new encoder.
+        """
+        if self.checkpoint and stamp_of(self.checkpoint) not in (self.stamp, None):
+            raise ValueError(
+                f"{self.checkpoint} was replaced while it was evaluated. Repeat the command; of a file that a training "
+                "replaces, evaluate a copy."
+            )
         with locked(self.folder, wait=WAIT_FOR_RESULTS):
             stored = read_results(self.path)
             kept = self.kept_of(stored["runs"], stored["config"])
@@ -155,8 +166,17 @@ class Results:
         return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def stamp_of(file: str | Path) -> tuple[int, ...] | None:
+    """Return numbers that change if a file is replaced; None if there is no such file."""
+    path = as_path(file)
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def encoder_settings_in(seen: dict[str, Any]) -> dict[str, Any]:
-    return {name: seen[name] for name in OF_ENCODER if name in seen}
+    return {name: seen[name] for name in SET_BY_EVALUATION if name in seen}
 
 
 def folder_of(checkpoint: str | Path) -> Path:

@@ -27,15 +27,14 @@ from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, RUN_CLASSIFIER, Classifying, Normalized
 from self_supervised.exports.verify import sample_images, verified
 from self_supervised.fields import as_path
-from self_supervised.networks.frozen_encoder import ENCODER_FACTS, Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import message_of, one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, LAGGING, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder, file_hash, sync, temporary_path
-
-FACTS = (*ENCODER_FACTS, "embedding_dim", "dataset_name", "pixel_range", "exif_orientation")
+from self_supervised.setting_groups import EXPORT_OPTIONS
 
 
 def export(
@@ -176,8 +175,8 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
 def export_facts(
     p: EncoderAndDataParams, arch: str, width: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """Return FACTS, with every value explicit: the settings that prepare the encoder's input, and that `load_encoder`
-    needs of a file without settings."""
+    """Return EXPORT_OPTIONS, with every value explicit: what prepares the encoder's input, and what `load_encoder`
+    needs for a file without settings."""
     explicit = attrs.evolve(
         p,
         encoder_arch=arch,
@@ -188,7 +187,7 @@ def export_facts(
         image_mean=list(mean),
         image_std=list(std),
     )
-    return {name: getattr(explicit, name) for name in FACTS}
+    return {name: getattr(explicit, name) for name in EXPORT_OPTIONS}
 
 
 def place(file: Path, target: Path, publish: bool) -> Path:
@@ -228,7 +227,7 @@ def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lagging", action="store_true", help=LAGGING)
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
     fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see docs/options.md)")
-    add_fields(fields, FACTS)
+    add_fields(fields, EXPORT_OPTIONS)
     args = parser.parse_args(arguments)
     if not args.format and not args.count:
         parser.error("pass --format or --count")

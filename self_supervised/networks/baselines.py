@@ -9,15 +9,11 @@ from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data.foreign_paths import ForeignPath, refuse_changed
 from self_supervised.networks import encoders
-from self_supervised.networks.frozen_encoder import MEAN_AND_STD, Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.networks.published import is_published, published
 from self_supervised.numerics import seeded
-
-SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
-    "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", "pooling_size",
-    "exif_orientation", "unreadable_images",
-)  # fmt: skip
+from self_supervised.setting_groups import MEAN_AND_STD, SAME_IN_STARTING
 
 
 def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str, Encoder]:

@@ -12,11 +12,6 @@ from self_supervised import catalogue
 from self_supervised.networks import encoders, layouts, modules
 from self_supervised.views import augmentations, input_checks
 
-ENCODER_FACTS = (  # settings of an encoder and of its input, which files of other systems lack
-    "encoder_arch", "in_channels", "low_resolution_stem", "stem_variant", "pooling_size", "transform_crop_size",
-    "image_mean", "image_std",
-)  # fmt: skip
-MEAN_AND_STD = ("image_mean", "image_std")
 SHARED_FIELDS = {field.name for field in fields(EncoderAndDataParams)}
 
 

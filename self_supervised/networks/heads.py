@@ -58,7 +58,8 @@ class MLP(nn.Module):
         super().__init__()
         if n_layers == 0 and input_dim != output_dim:
             raise ValueError(
-                f"dim={output_dim}: a head of 0 layers keeps its input's {input_dim} dimensions. Set dim={input_dim}."
+                f"dim={output_dim}: a head of 0 layers keeps its input's {input_dim} dimensions. Set "
+                f"projection_mlp_layers=1 or, without a teacher, dim={input_dim}."
             )
         linear = ws_resnet.Linear if weight_standardization else nn.Linear
         widths = [hidden_dim] * max(0, n_layers - 1) if isinstance(hidden_dim, int) else hidden_dim

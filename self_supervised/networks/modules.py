@@ -8,6 +8,11 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
+REPLACED = (
+    "a network was replaced after the method was built, but not its lagging copy. Build the method with the network: "
+    "encoder=..., and the fields of the heads."
+)
+
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Return whether a layer computes statistics of a batch."""
@@ -60,9 +65,15 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def copy_modes(source: nn.Module, target: nn.Module) -> None:
-    """Put each part of a copy into the mode of the part from which it was copied."""
+    """Put each part of a copy into the mode of the part from which it was copied.
+
+    Raises:
+        ValueError: they have different numbers of parts, because the source was replaced.
+    """
     # the wrapper that torch.compile puts around one of the two is no part
     source_parts, target_parts = ([x for x in net.modules() if not hasattr(x, "_orig_mod")] for net in (source, target))
+    if len(source_parts) != len(target_parts):
+        raise ValueError(REPLACED)
     for part, copied in zip(source_parts, target_parts, strict=True):
         copied.training = part.training
 

@@ -12,11 +12,10 @@ from self_supervised import catalogue
 from self_supervised.data.foreign_paths import vetted, vetted_start
 from self_supervised.fields import as_path
 from self_supervised.networks import architectures, encoders, layouts, modules
-from self_supervised.networks.frozen_encoder import MEAN_AND_STD, SHARED_FIELDS, Encoder, Report, with_overrides
+from self_supervised.networks.frozen_encoder import SHARED_FIELDS, Encoder, Report, with_overrides
 from self_supervised.networks.published import is_published, published, video_settings
+from self_supervised.setting_groups import MEAN_AND_STD, NOT_TAKEN_OVER
 
-# not taken over: evaluations and linear stages use all labeled images and layers, and have room for activations
-NOT_TAKEN_OVER = {"data_fraction", "drop_path_rate", "activation_checkpointing"}
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # means of ImageNet's constants over the three channels
 
 
@@ -88,7 +87,8 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
     Without settings in the file, the architecture is inferred from the tensors, and images are those of ImageNet.
     """
     if weights.settings:
-        settings = {key: value for key, value in weights.settings.items() if key in SHARED_FIELDS - NOT_TAKEN_OVER}
+        taken_over = SHARED_FIELDS.difference(NOT_TAKEN_OVER)
+        settings = {key: value for key, value in weights.settings.items() if key in taken_over}
         if str(weights.started_from).partition(":")[0] in catalogue.INCEPTIONS:
             settings |= without_transform_input(settings)
         return {"stem_variant": weights.stem_variant, **vetted(settings, weights.source, overrides)}, ""

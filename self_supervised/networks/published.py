@@ -10,7 +10,8 @@ from attrs import fields
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.networks import encoders
-from self_supervised.networks.frozen_encoder import MEAN_AND_STD, Encoder, Report, with_overrides
+from self_supervised.networks.frozen_encoder import Encoder, Report, with_overrides
+from self_supervised.setting_groups import MEAN_AND_STD
 
 
 def is_name(name: str) -> bool:

@@ -26,14 +26,10 @@ from self_supervised.runs.command_line import parser_of
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.values import text
 from self_supervised.safe_files import rows_of
+from self_supervised.setting_groups import SCORED_IMAGES
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
-DATA = {  # settings that determine which images are scored
-    "dataset_name", "data_path", "val_size", "test_size", "data_seed", "splits_path", "labels_from", "class_to_idx",
-    "image_key", "label_key", "pixel_range", "include_patterns", "exclude_patterns", "limit_val_batches",
-    "evaluation_clips", "evaluation_crops", "exif_orientation", "unreadable_images",
-}  # fmt: skip
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
 RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
 KIND_TITLES = {"result": "whole run", "setting": "settings that differ", "circumstance": "circumstances that differ"}
@@ -179,7 +175,7 @@ def best_columns(row: MetricRow, rows: list[MetricRow]) -> list[int]:
     Args:
         rows: all rows of the table: runs on different data are not ranked.
     """
-    if row.kind != "result" or not RANKED.fullmatch(row.name) or DATA & {one.name for one in rows}:
+    if row.kind != "result" or not RANKED.fullmatch(row.name) or {one.name for one in rows} & {*SCORED_IMAGES}:
         return []
     return evaluations.indices_of_best([statistics.fmean(numbers) if numbers else None for numbers in row.values])
 

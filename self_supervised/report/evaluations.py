@@ -14,16 +14,16 @@ from typing import Any
 
 from attrs import frozen
 
-from model_params import DATASET_DEFAULTS, EARLIER_DEFAULTS, SUBSET
+from model_params import DATASET_DEFAULTS
 from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.evaluation import results
 from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.evaluation.results import DRAWN, RunRecord
 from self_supervised.fields import as_path
+from self_supervised.setting_groups import EARLIER_DEFAULTS, MEASUREMENT, SUBSET
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite
 
-OF_MEASUREMENT = (*results.OF_ENCODER, "evaluation_clips", "evaluation_crops", "max_epochs", "batch_size")
 NOT_SCORES = ("l2",)  # hyperparameters that are stored with the scores
 DEVIATION = "±: sample standard deviation over runs; in a row of one run over evaluation seeds, or draws of one seed."
 
@@ -317,7 +317,7 @@ def evaluate_command(dataset: str, missing: dict[str, set[str]], option: str, ru
             chosen |= run.get("training", {}) | run.get("seen", {})
     drawn = sorted({seed for name in names for seed in seeds[name]})
     options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
-    options += [f"--{name}={chosen[name]}" for name in OF_MEASUREMENT if name in chosen]
+    options += [f"--{name}={chosen[name]}" for name in MEASUREMENT if name in chosen]
     checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
     options += [f"--{name}={value}" for name, value in choice_of_images(chosen, dataset, checkpoints).items()]
     command = shlex.join(["self-supervised", "evaluate", *checkpoints, *options, *filter(None, [option])])
@@ -327,7 +327,7 @@ def evaluate_command(dataset: str, missing: dict[str, set[str]], option: str, ru
 
 def choice_of_images(seen: dict[str, Any], dataset: str, checkpoints: Iterable[str]) -> dict[str, Any]:
     """Return the settings that choose and read the images of the other rows, if a checkpoint's own are not the same."""
-    chosen = {name: seen[name] for name in DATASET_DEFAULTS if name in seen and name not in (*SUBSET, *OF_MEASUREMENT)}
+    chosen = {name: seen[name] for name in DATASET_DEFAULTS if name in seen and name not in (*SUBSET, *MEASUREMENT)}
     if "images" in seen:
         chosen["exif_orientation"] = seen.get("exif_orientation", True)
     own = []

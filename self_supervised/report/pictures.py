@@ -11,7 +11,7 @@ from attrs import frozen
 from PIL import Image
 from torch import Tensor, nn
 
-from model_params import EARLIER_DEFAULTS, EncoderAndDataParams, ModelParams
+from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.data import data_sets
 from self_supervised.data.class_labels import class_names
 from self_supervised.data.file_search import data_path
@@ -27,6 +27,7 @@ from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import generator
 from self_supervised.program import bar, is_out_of_memory
 from self_supervised.runs import preview
+from self_supervised.setting_groups import EARLIER_DEFAULTS
 from self_supervised.training import checkpoints, run_folder
 
 QUERIES = 8

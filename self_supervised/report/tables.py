@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from model_params import EARLIER_DEFAULTS, PRESETS, ModelParams
+from model_params import PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.evaluation.results import ENCODERS
 from self_supervised.report import compare, evaluations, figures
@@ -15,6 +15,7 @@ from self_supervised.runs.command_line import field_comments
 from self_supervised.runs.effective import effective_settings
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.values import text
+from self_supervised.setting_groups import EARLIER_DEFAULTS
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import lowest_is_best
 

@@ -24,10 +24,11 @@ from self_supervised.data.files import MOST_SKIPPED
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.evaluation import validation
 from self_supervised.fields import first_of
-from self_supervised.linear_params import FROM_PRETRAINING, LinearClassifierMethodParams
+from self_supervised.linear_params import LinearClassifierMethodParams
 from self_supervised.program import bar
 from self_supervised.runs.earlier_run import temporary_lists
 from self_supervised.runs.run_options import RunOptions
+from self_supervised.setting_groups import FROM_PRETRAINING
 from self_supervised.training.fit_checks import refuse_constant_heads
 from self_supervised.training.milestones import refuse_unknown
 from self_supervised.training.online_classifier import accuracies

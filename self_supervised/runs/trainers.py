@@ -26,7 +26,9 @@ def trainer_of_stage(out: Path, name: str, epochs: int, options: RunOptions) -> 
         if options.save_every_n_epochs:
             callbacks.append(EveryNEpochs(folder, options.save_every_n_epochs))
     callbacks.append(checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps))
-    return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks, enable_model_summary=False)
+    # default_root_dir: with SLURM, Lightning would start from a checkpoint of its own in the current directory
+    more = {"enable_model_summary": False, "default_root_dir": out}
+    return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks, **more)
 
 
 def trainer_of_dry_run(model: SelfSupervisedMethod, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:

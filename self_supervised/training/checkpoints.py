@@ -224,7 +224,7 @@ class Checkpoints(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
             written = max(self.folder.glob("step_*.ckpt"), default=None)
-            state = f"the newest checkpoint is {written}" if written else "there is no checkpoint yet"
+            state = f"the newest checkpoint is {written}" if written else f"there is no checkpoint in {self.folder} yet"
             rank_zero_info(f"stopped by Ctrl-C; {state}")
         self.teardown()
 

@@ -80,6 +80,13 @@ def is_ours(owner: Any) -> bool:
     return owner.__module__.partition(".")[0] in ("moco", "linear_classifier", "self_supervised")
 
 
+def check_patterns(method: pl.LightningModule) -> None:
+    """Raise ValueError if a pattern of the settings matches no parameter. Networks that a subclass adds are not there
+    yet, so its patterns are checked when the training starts."""
+    if is_ours(type(method).__init__):
+        method.parameter_table()
+
+
 def names_used(code: CodeType) -> set[str]:
     """Return the names that the code of a function, and of the functions within it, uses."""
     inner = (names_used(constant) for constant in code.co_consts if isinstance(constant, CodeType))
@@ -153,10 +160,7 @@ def doubts_at_start(method: pl.LightningModule) -> list[str]:
     lines += doubts_of_shuffling(method) if p.shuffle_batch_norm else []
     weights = [tuple(list(network.parameters()) for network in pair) for pair in method.lagging_pairs()]
     if any([w.shape for w in lagging] != [w.shape for w in online] for lagging, online in weights):
-        raise ValueError(
-            "a network was replaced after the method was built, but not its lagging copy. Build the method with the "
-            "network: encoder=..., and the fields of the heads."
-        )
+        raise ValueError(modules.REPLACED)
     if not any(isinstance(callback, TrainingMonitor) for callback in method.trainer.callbacks):
         return []  # a Tuner tries batch sizes or learning rates, without callbacks and from step 0 each time
     same = all(torch.equal(*each) for lagging, online in weights for each in zip(lagging, online, strict=True))

@@ -13,12 +13,13 @@ import torch
 from lightning_fabric.utilities.data import AttributeDict
 from torch import nn
 
-from model_params import EARLIER_DEFAULTS, TWO_DISTRIBUTIONS
+from model_params import TWO_DISTRIBUTIONS
 from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.facts import Params, with_statistics
 from self_supervised.data.foreign_paths import vetted
 from self_supervised.fields import Presets, plain
 from self_supervised.networks import modules
+from self_supervised.setting_groups import EARLIER_DEFAULTS
 from self_supervised.training import fit_checks
 
 PLAIN_TYPES = (bool, int, float, str, type(None))

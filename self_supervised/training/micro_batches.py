@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from self_supervised import distributed
 from self_supervised.networks.recomputation import Rewound, buffers_of
 from self_supervised.numerics import in_parts
 
@@ -97,14 +98,31 @@ def pass_on(outputs: Encoded, gradients: Gradients) -> None:
         torch.autograd.backward(*zip(*pairs, strict=True))
 
 
-def refuse_strategy(trainer: pl.Trainer) -> None:
-    """Raise ValueError if the Trainer's strategy needs a single backward pass through the network that it wraps."""
+def backward_of_parts(method: pl.LightningModule) -> None:
+    """Pass the gradients of the outputs of a step's micro-batches on to the networks. Raise ValueError if the
+    training_step of a subclass has made none."""
+    micro_batches, method.micro_batches = method.micro_batches, None
+    if micro_batches is None:
+        raise ValueError(
+            "micro_batch_size: training_step has encoded the whole batch. Call super().training_step(...), or "
+            "self.encode_each(...), or set micro_batch_size=None."
+        )
+    with method.trainer.precision_plugin.train_step_context():
+        micro_batches.backward()
+    distributed.average_gradients(method.parameters())
+    synchronize_buffers_alone(method.trainer.model)
+
+
+def prepare_strategy(trainer: pl.Trainer) -> None:
+    """Prepare the Trainer's strategy. Raise ValueError if it needs a single backward pass through the network that it
+    wraps."""
     kind, options = type(trainer.strategy), getattr(trainer.strategy, "_ddp_kwargs", {})
     if kind not in (SingleDeviceStrategy, DDPStrategy) or options.get("static_graph"):
         raise ValueError(
             f"micro_batch_size does not work with {kind.__name__}, nor with static_graph=True. Use strategy='ddp' "
             "without it, or accumulate_grad_batches."
         )
+    synchronize_buffers_alone(trainer.model)
 
 
 def synchronize_buffers_alone(network: nn.Module) -> None:

@@ -11,15 +11,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from self_supervised import distributed
 from self_supervised.data.batches import ResumableDataLoader
-
-NOT_OF_TRAINING = (  # settings that may differ after a complete training
-    "max_epochs", "evaluate_every_n_epochs", "num_data_workers", "decoding_threads", "pin_data_memory",
-    "data_on_device", "torch_compile", "activation_checkpointing", "winograd", "data_path", "splits_path",
-    "unreadable_images",
-)  # fmt: skip
-MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
-    "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",
-)  # fmt: skip
+from self_supervised.setting_groups import MAKE_GROUPS, NOT_OF_TRAINING
 
 
 def refuse_unresumable(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:

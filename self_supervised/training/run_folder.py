@@ -306,10 +306,10 @@ def say(text: str) -> None:
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
-def is_score_row(row: dict[str, str]) -> bool:
-    """Return whether a row of metrics.csv has scores only, of a validation."""
+def is_score_row(row: dict[str, str], start: str = "valid_") -> bool:
+    """Return whether a row of metrics.csv has scores only, of a validation (or of the test)."""
     names = {name for name, value in row.items() if value} - {"epoch", "step"}
-    return bool(names) and all(name.startswith("valid_") for name in names)
+    return bool(names) and all(name.startswith(start) for name in names)
 
 
 def has_scores(path: Path, epoch: int, n_steps: int) -> bool:
@@ -327,7 +327,7 @@ def rows_to_keep(rows: list[dict[str, str]], n_steps: int, counts_from_1: bool) 
     epoch has the number of the next one, and they are not kept.
     """
     kept = [row for row in rows if int(row["step"]) < n_steps]
-    later = [row for row in rows if int(row["step"]) >= n_steps]
+    later = [row for row in rows if int(row["step"]) >= n_steps and not is_score_row(row, "test_")]
     others = [row for row in kept if is_score_row(row)] + [row for row in later if not is_score_row(row)]
     epochs = {row.get("epoch") for row in others}
     last = [

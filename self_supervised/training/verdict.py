@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,13 +16,11 @@ from self_supervised import distributed
 from self_supervised.catalogue import OWN_MODULE, video_models
 from self_supervised.data.batches import list_of_loaders
 from self_supervised.networks import modules
+from self_supervised.setting_groups import SCORE_SETTINGS
 from self_supervised.training.trainer_state import validating
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
 GIVE_COMPARED = {"knn", "linear_probe"}  # evaluations that give such scores
-SCORE_SETTINGS = (  # settings, of every score
-    "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver", "transform_crop_size",
-)  # fmt: skip
 ADVICE = "Try a third of the lr, more epochs, or another preset: docs/troubleshooting.md"
 
 
@@ -41,18 +38,18 @@ def name_of_start(params: ModelParams, started_from: str | None) -> str:
     return f"{'Kinetics' if params.encoder_arch in video_models() else 'ImageNet'} weights"
 
 
-def verdict(name: str, before: dict[str, float], after: dict[str, float], evaluations: Sequence[str]) -> str:
+def verdict(name: str, before: dict[str, float], after: dict[str, float], obstacle: str = "") -> str:
     """Return the verdict as one line: the first accuracy that both scores have, before and after; if there is none,
     "none, because ...".
 
     Args:
         name: of the encoder at the start (`name_of_start`).
         before, after: its scores, and those at the end.
-        evaluations: those of the settings.
+        obstacle: why validation yields no accuracy (`obstacle_to`); "": it does.
     """
     both = [one for start in COMPARED for one in before if one.startswith(start) and one in after]
     if not both:
-        return f"none, because {reason_for_none(name, before, after, evaluations)}"
+        return f"none, because {obstacle or reason_for_none(name, before, after)}"
     score = both[0]
     first, last = before[score], after[score]
     if math.isnan(first + last):
@@ -65,17 +62,13 @@ def verdict(name: str, before: dict[str, float], after: dict[str, float], evalua
     return f"{numbers}: better" if last > first else f"{numbers}: WORSE than the {name}. {ADVICE}"
 
 
-def reason_for_none(name: str, before: dict[str, float], after: dict[str, float], evaluations: Sequence[str]) -> str:
-    if not GIVE_COMPARED & set(evaluations):
-        return f"evaluations={list(evaluations)} has neither knn nor linear_probe"
+def reason_for_none(name: str, before: dict[str, float], after: dict[str, float]) -> str:
+    no_labels = "the validation images have no labels (class numbers), or a single class"
     if not before:
-        reasons = "no validation loader or images, no labels (class numbers), a single class, limit_val_batches=0, or "
-        return f"the {name or 'starting encoder'} was not scored ({reasons}a loader that is not a DataLoader)"
+        return f"{no_labels}, or the {name or 'starting encoder'} was not scored before the training"
     if not after:
         return "the trained encoder was not scored"
-    if before.keys() != after.keys():
-        return f"the {name} was scored by other evaluations"
-    return "the validation images have no labels (class numbers), or a single class"
+    return no_labels if before.keys() == after.keys() else f"the {name} was scored by other evaluations"
 
 
 class Verdict(pl.Callback):
@@ -96,7 +89,7 @@ class Verdict(pl.Callback):
         if trainer.global_step == 0:
             self.name = pl_module.starting_point()
             is_logged = self.was_validated and pl_module.latest_scores[0] == 0
-            self.before = score_now(trainer, pl_module) if can_compare(trainer, pl_module) else {}
+            self.before = {} if obstacle_to(trainer, pl_module) else score_now(trainer, pl_module)
             self.measured = measurement(trainer, pl_module) if self.before else {}
             self.text = ""
             for logger in trainer.loggers if self.before and not is_logged else ():
@@ -104,9 +97,10 @@ class Verdict(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fast_dev_run:
-            is_scored = self.before and can_compare(trainer, pl_module)
+            obstacle = obstacle_to(trainer, pl_module)
+            is_scored = self.before and not obstacle
             after = scores_at_end(pl_module) or score_now(trainer, pl_module) if is_scored else {}
-            self.text = verdict(self.name, self.before, after, pl_module.params.evaluations)
+            self.text = verdict(self.name, self.before, after, obstacle)
             now = measurement(trainer, pl_module) if after else {}
             if any(now.get(name, value) != value for name, value in self.measured.items()):
                 self.text = f"none, because the {self.name} was scored on other images, or with other settings"
@@ -124,15 +118,21 @@ class Verdict(pl.Callback):
         self.measured = state.get("measured", {})  # earlier versions did not keep it
 
 
-def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Return whether validation yields accuracies, from loaders that can be read once more."""
-    if trainer.fast_dev_run or not trainer.enable_validation or not GIVE_COMPARED & set(module.params.evaluations):
-        return False
+def obstacle_to(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """Return why validation yields no accuracy, or only from loaders that cannot be read once more; "" if it does."""
+    if not GIVE_COMPARED & set(module.params.evaluations):
+        return f"evaluations={module.params.evaluations} has neither knn nor linear_probe"
+    if trainer.fast_dev_run or not trainer.limit_val_batches:
+        return f"{'fast_dev_run' if trainer.fast_dev_run else 'limit_val_batches=0'} turns the validation off"
+    if not trainer.enable_validation:
+        return "there is no validation loader"
     if trainer.val_dataloaders is None:  # the first validation is some epochs away
         with validating(trainer):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loaders = list_of_loaders(trainer.val_dataloaders)
-    return bool(loaders) and all(isinstance(loader, DataLoader) for loader in loaders)
+    if not all(isinstance(loader, DataLoader) for loader in loaders):
+        return "a validation loader is not a DataLoader"
+    return "" if loaders else "there is no validation loader, or it has no images"
 
 
 def measurement(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:

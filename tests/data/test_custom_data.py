@@ -21,7 +21,6 @@ from sklearn.datasets import load_sample_images
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import ImageFolder
 
-import model_params
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
@@ -33,11 +32,11 @@ from self_supervised.data.folders import check_settings
 from self_supervised.data.image_files import central_square
 from self_supervised.evaluation import features, fingerprints
 from self_supervised.evaluation.protocols import runnable
-from self_supervised.linear_params import FROM_PRETRAINING
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import compare, tables
 from self_supervised.runs import earlier_run, preflight
 from self_supervised.runs.run_options import RunOptions
+from self_supervised.setting_groups import CUSTOM_DATA, FROM_PRETRAINING
 from self_supervised.training import checkpoints
 
 SIDE = 40
@@ -413,7 +412,7 @@ def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_p
 
 def test_lists_know_every_setting_that_is_not_of_another_place():
     others = {"data_path", "splits_path", "pixel_range", "data_fraction"}
-    names = set(model_params.CUSTOM_DATA)
+    names = set(CUSTOM_DATA)
     assert set(custom.list_settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
     check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
 

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -254,6 +255,34 @@ def test_an_evaluation_does_not_delete_the_results_of_another_one_that_runs(tmp_
     with pytest.raises(ValueError, match="has the results of a.ckpt, which would be deleted"):
         second.add(other | told)
     assert results.read_results(first.path)["runs"] == [run | told]
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_gets_no_scores_of_the_earlier_one(checkpoint, monkeypatch, tmp_path):
+    run = PROTOCOLS["uniformity"].run
+
+    def replaced(data, seed):
+        shutil.copyfile(checkpoint, tmp_path / "new.ckpt")
+        (tmp_path / "new.ckpt").replace(checkpoint)
+        return run(data, seed)
+
+    monkeypatch.setitem(PROTOCOLS, "uniformity", evolve(PROTOCOLS["uniformity"], run=replaced))
+    with pytest.raises(ValueError, match=f"{checkpoint} was replaced while it was evaluated"):
+        evaluate_checkpoint(checkpoint, ["uniformity"])
+    assert not (tmp_path / "first.evaluation/results.json").exists()
+
+
+def test_a_training_ignores_what_lightning_keeps_in_the_current_directory_with_slurm(checkpoint, monkeypatch, tmp_path):
+    """A checkpoint of another program, which Lightning would load, and the handler of signals that would write one."""
+    monkeypatch.chdir(tmp_path)
+    options = {"training": {"max_epochs": 1, "batch_size": 256}, "baselines": False}
+    expected = scores(evaluate_checkpoint(checkpoint, ["semi_10"], out="usual", **options))
+    for name, value in {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another program")
+    handlers = []
+    monkeypatch.setattr(signal, "signal", lambda *each: handlers.append(each))
+    assert scores(evaluate_checkpoint(checkpoint, ["semi_10"], out="slurm", **options)) == expected
+    assert handlers and not any(number == signal.SIGUSR1 and callable(handler) for number, handler in handlers)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import attrs
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from conftest import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,6 +23,8 @@ from model_params import ModelParams
 
 METHODS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "authors.json").read_text())["methods"]
 N_IMAGES, SIDE, BLOCK, BATCH_SIZE = 96, 4, 8, 16
+# benchmarks.parity, which imports this module, runs without conftest.py
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 FINISHING: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # by the last part of the name: a draw -> a tensor
     "keys": lambda x: (x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)).astype(np.float32),
     "running_var": lambda x: 1 + np.float32(0.1) * np.abs(x),

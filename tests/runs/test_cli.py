@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
+from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import __main__ as entry
@@ -555,7 +556,7 @@ def test_later_scores_are_kept_unless_later_steps_led_to_them():
     scores = row(9, 1, valid_knn20_acc="50")
     assert run_folder.rows_to_keep([first, last, scores], 9, True) == [first]  # a step before the end of its epoch
     at_the_end = row(9, 1, valid_knn20_acc="50")
-    for later in ([], [row(9, 2, lr="1")]):
+    for later in ([], [row(9, 2, lr="1")], [row(9, 1, test_knn20_acc="40")]):
         assert run_folder.rows_to_keep([first, at_the_end, *later], 9, True) == [first, at_the_end]
 
 
@@ -851,6 +852,30 @@ def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, m
     assert 0 < scores["linear epochs"] < 300
     assert f"The linear stage ended in epoch {scores['linear epochs']} of 300" in capsys.readouterr().out
     assert not (tmp_path / "killed/splits").exists()
+    rows = (tmp_path / "killed/linear/metrics.csv").read_text()
+    main(line.replace("--max_epochs 3", "--max_epochs 300"), monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    again = json.loads((tmp_path / "killed/results.json").read_text())
+    assert (again["epochs"], again["linear epochs"]) == (scores["epochs"], scores["linear epochs"])
+    assert (tmp_path / "killed/linear/metrics.csv").read_text() == rows
+
+
+@pytest.mark.slow
+def test_a_linear_stage_that_starts_over_has_no_scores_of_the_earlier_one(run, monkeypatch, tmp_path):
+    """It is stopped before it has its own."""
+    out = shutil.copytree(run, tmp_path / "copy")
+    assert {"linear classifier", "linear epochs"} <= json.loads((out / "results.json").read_text()).keys()
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LinearClassifierMethod, "training_step", stopped)
+    with pytest.raises(SystemExit):
+        main(RUN.format(out=out).replace("--linear_lr 0.1", "--linear_lr 0.3 --resume auto"), monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    left = json.loads((out / "results.json").read_text())
+    assert "trained encoder" in left and not any("linear" in name for name in left)
+    assert not (out / "linear.ckpt").exists()
 
 
 def test_an_error_is_one_line_and_its_stack_is_in_the_log(monkeypatch, tmp_path):

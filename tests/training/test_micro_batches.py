@@ -15,7 +15,7 @@ from batchrenorm import BatchRenorm2d
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised import convolutions, losses
-from self_supervised.training.micro_batches import MicroBatches, refuse_strategy
+from self_supervised.training.micro_batches import MicroBatches, prepare_strategy
 
 N = 12
 OTHERS = {"n_small_views": 1, "transform_small_crop_size": 8}
@@ -163,10 +163,20 @@ def test_a_batch_that_is_one_part_is_encoded_once():
     assert [has for has, _ in module.seen[BUILT:]] == [True] * 3 * 2  # steps, views
 
 
+def test_a_step_of_a_subclass_that_makes_no_parts_is_refused():
+    class Own(SelfSupervisedMethod):
+        def training_step(self, batch, batch_idx):
+            return self.encode(batch[0][0]).z.square().mean()
+
+    params = PRESETS["simclr"](**{**SMALL, "evaluations": []}, micro_batch_size=4)
+    with pytest.raises(ValueError, match="micro_batch_size: training_step has encoded the whole batch. Call super()"):
+        trainer_of(1).fit(Own(params, encoder=encoder()), Batches([([torch.randn(N, 1, 8, 8)] * 2, torch.zeros(N))]))
+
+
 def test_what_does_not_work_with_parts_is_refused():
     fit = trainer_of(1, strategy=DDPStrategy(static_graph=True, process_group_backend="gloo"))
     with pytest.raises(ValueError, match="micro_batch_size does not work with DDPStrategy, nor with static_graph=True"):
-        refuse_strategy(fit)
-    refuse_strategy(trainer_of(1))
+        prepare_strategy(fit)
+    prepare_strategy(trainer_of(1))
     with pytest.raises(ValueError, match="micro_batch_size=1 is too small for mlp_normalization='bn'"):
         PRESETS["byol"](micro_batch_size=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import normalized_encoder
 from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from moco import SelfSupervisedMethod
 from self_supervised.data import data_sets
@@ -15,13 +16,19 @@ from self_supervised.safe_files import rows_of
 from self_supervised.training.verdict import Verdict, name_of_start, verdict
 
 
-def fitted(small, trainer, gives_verdict=True, checkpoint=None, **options):
+class OneBatch:
+    def __iter__(self):
+        yield torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+
+
+def fitted(small, trainer, gives_verdict=True, checkpoint=None, val_loader=None, evaluations=None, **options):
     """Return the method, its Trainer and its verdict."""
     torch.manual_seed(1)
-    model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=normalized_encoder())
+    changes = {"evaluations": evaluations} if evaluations else {}
+    model = SelfSupervisedMethod(small("simclr", lr=0.1, **changes), encoder=normalized_encoder())
     model.is_recorded = gives_verdict
     fit = trainer(**{"limit_val_batches": 10, **options})
-    fit.fit(model, ckpt_path=checkpoint)
+    fit.fit(model, val_dataloaders=val_loader, ckpt_path=checkpoint)
     return model, fit, next((one for one in fit.callbacks if isinstance(one, Verdict)), None)
 
 
@@ -67,47 +74,45 @@ def test_scores_of_other_images_are_not_compared(small, trainer, tmp_path):
     assert found.text == "none, because the starting encoder was scored on other images, or with other settings"
 
 
+@pytest.mark.filterwarnings("ignore:collapse")
 def test_a_training_without_scores_says_why_it_has_no_verdict(small, trainer, caplog):
     assert fitted(small, trainer, fast_dev_run=True)[2].text == ""
     fitted(small, trainer, limit_val_batches=0)
-    reason = "the starting encoder was not scored (no validation loader or images, no labels (class numbers), "
-    reason += "a single class, limit_val_batches=0, or a loader that is not a DataLoader)"
-    assert f"verdict: none, because {reason}" in caplog.messages
+    assert "verdict: none, because limit_val_batches=0 turns the validation off" in caplog.messages
+    fitted(small, trainer, val_loader=OneBatch())
+    assert "verdict: none, because a validation loader is not a DataLoader" in caplog.messages
+    fitted(small, trainer, val_loader=DataLoader(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), batch_size=4))
+    assert caplog.messages[-1].startswith("verdict: none, because the validation images have no labels")
+    fitted(small, trainer, evaluations=["rank_me"])
+    assert caplog.messages[-1] == "verdict: none, because evaluations=['rank_me'] has neither knn nor linear_probe"
 
 
 def test_a_score_that_is_not_finite_has_no_verdict():
     scores = [{"valid_knn20_acc": value} for value in (float("nan"), 94.2)]
-    assert verdict("random encoder", *scores, ["knn"]) == "none, because valid_knn20_acc is not finite"
+    assert verdict("random encoder", *scores) == "none, because valid_knn20_acc is not finite"
 
 
 def test_a_verdict_says_better_worse_or_neither():
     before = {"valid_rank_me": 3.0, "valid_class_acc": 80.0, "valid_knn20_acc": 94.2}
-    knn = ["knn"]
-    assert verdict("random encoder", before, {**before, "valid_knn20_acc": 97.6}, knn).endswith("-> 97.6: better")
+    assert verdict("random encoder", before, {**before, "valid_knn20_acc": 97.6}).endswith("-> 97.6: better")
     assert "-> 68.2: WORSE than the ImageNet weights. " in verdict(
-        "ImageNet weights", before, {**before, "valid_knn20_acc": 68.2}, knn
+        "ImageNet weights", before, {**before, "valid_knn20_acc": 68.2}
     )
-    assert "no better than" in verdict("random encoder", before, dict(before), knn)
+    assert "no better than" in verdict("random encoder", before, dict(before))
     highest = {"valid_knn20_acc": 100.0}
-    assert "every image was right from the start" in verdict("random encoder", highest, highest, knn)
+    assert "every image was right from the start" in verdict("random encoder", highest, highest)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "evaluations", "reason"),
+    ("before", "after", "reason"),
     [
-        ({"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}, ["rank_me"], "evaluations=['rank_me'] has neither knn nor"),
-        ({"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}, ["knn"], "the validation images have no labels"),
-        (
-            {"valid_rank_me": 3.0},
-            {"valid_knn20_acc": 4.0},
-            ["knn"],
-            "the random encoder was scored by other evaluations",
-        ),
-        ({"valid_knn20_acc": 3.0}, {}, ["knn"], "the trained encoder was not scored"),
+        ({"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}, "the validation images have no labels"),
+        ({"valid_rank_me": 3.0}, {"valid_knn20_acc": 4.0}, "the random encoder was scored by other evaluations"),
+        ({"valid_knn20_acc": 3.0}, {}, "the trained encoder was not scored"),
     ],
 )
-def test_no_verdict_has_its_reason(before, after, evaluations, reason):
-    assert verdict("random encoder", before, after, evaluations).startswith(f"none, because {reason}")
+def test_no_verdict_has_its_reason(before, after, reason):
+    assert verdict("random encoder", before, after).startswith(f"none, because {reason}")
 
 
 def test_the_start_has_the_name_of_its_weights(small):

@@ -243,7 +243,8 @@ def test_lists_shorter_than_the_views():
         ({"transform_hue": 0.6}, "transform_hue=0.6 must be at least 0 and at most 0.5"),
         ({"transform_crop_ratio_min": 0}, "transform_crop_ratio_min=0 must be at least 0.01"),
         ({"transform_contrast": "x"}, "transform_contrast='x' must be a number"),
-        ({"n_large_views": 1}, "n_large_views=1 leaves no other view"),
+        ({"n_large_views": 1}, "leaves no other view to compare with. Choose at least 2, or pass a teacher."),
+        ({"n_large_views": 1, "loss_type": "lejepa"}, "leaves no other view to compare with. Choose at least 2.$"),
         ({"n_small_views": 1.5}, "n_small_views=1.5 must be a whole number"),
     ],
 )
