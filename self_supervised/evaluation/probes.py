@@ -15,6 +15,7 @@ from torch import Tensor
 from self_supervised.data import subsets
 from self_supervised.evaluation import validation
 from self_supervised.evaluation.linear_models import (
+    Regressions,
     accuracy,
     few_presences,
     hits,
@@ -102,12 +103,12 @@ def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
     if 2 * int(images_of[images_of < FEWEST_TO_HOLD_OUT].sum()) > len(target):
         return DECAY_OF_FEW
     fit, score = (torch.from_numpy(rows) for rows in subsets.held_out(target.cpu().numpy(), HELD_OUT, seed))
-    sets = (x[fit], x[score], target[fit])
+    regressions = Regressions(x[fit], x[score], target[fit], PRECISION)
     classes = torch.arange(int(target.max()) + 1, device=x.device)
 
     @cache  # the best decade is also the middle of its quarters
     def quality(decay: float) -> tuple[float, float]:
-        logits = linear_logits(*sets, decay, PRECISION)[1]
+        _, logits = regressions(decay)
         return accuracy(logits, classes, target[score], 1), -float(F.cross_entropy(logits, target[score]))
 
     coarse = max(DECAYS, key=quality)

@@ -108,6 +108,39 @@ def test_weak_l2_on_separable_classes_is_scikit_learns_optimum(digits, images, d
     assert objective(inside, y, decay, *weights) < 1.003 * best
 
 
+@pytest.mark.parametrize("images", [60, 400])
+def test_one_l2_after_another_is_scikit_learns_optimum(digits, images):
+    x, test_x = linear_models.standardized(digits[0][:images], digits[2])
+    y = digits[1][:images]
+    regressions = linear_models.Regressions(x, test_x, y, probes.PRECISION)
+    for decay in probes.DECAYS:
+        regressions(decay)
+        fitted = regressions.solved[decay]
+        assert objective(regressions.train_x, y, decay, *fitted) < 1.003 * optimum(x, y, decay)[1]
+
+
+def test_weak_l2_on_overlapping_classes_takes_few_steps_after_a_stronger_one(monkeypatch):
+    y = torch.arange(400) % 4
+    x = linear_models.standardized(*[torch.randn(4, 16)[y] + 3 * torch.randn(400, 16)] * 2)[0]
+    passes, fit = [], linear_models.fit_linear
+
+    def counted(x, loss, *args, **known):
+        def once_more(scores):
+            passes[-1] += 1
+            return loss(scores)
+
+        passes.append(0)
+        return fit(x, once_more, *args, **known)
+
+    monkeypatch.setattr(linear_models, "fit_linear", counted)
+    regressions = linear_models.Regressions(x, x, y, probes.PRECISION)
+    for solve in (regressions, lambda decay: linear_models.linear_logits(x, x, y, decay, probes.PRECISION)):
+        for decay in probes.DECAYS:
+            solve(decay)
+    n = len(probes.DECAYS)
+    assert sum(passes[:n]) < 0.75 * sum(passes[n:]) and max(passes[n - 4 : n]) < 0.4 * min(passes[-4:])
+
+
 def test_weak_l2_on_many_separable_classes_is_scikit_learns_optimum():
     y = torch.arange(300) % 100
     x = torch.randn(100, 64)[y] + torch.randn(300, 64)
