@@ -151,24 +151,26 @@ def pretrain_stage(
             delete_outdated(out, results)
         has_begun = True
 
-    begun = {"on_train_batch_start": begin, "on_save_checkpoint": keep_minutes}
-    trainer.callbacks.append(LambdaCallback(**begun))
+    trainer.callbacks.append(LambdaCallback(on_train_batch_start=begin, on_save_checkpoint=keep_minutes))
     run_folder.say(f"Pretraining. {dry_run.parts_text(model)}")
     trainer.fit(model, ckpt_path=resumed)
     keep_minutes()
     results |= model.labels_result()
     is_written = partial(earlier_run.is_written, out / "pretrained.ckpt", trainer.global_step)
     if has_begun or not distributed.on_rank_zero(is_written):
-        rank_zero_only(remove)(out / "pretrained.evaluation")  # of the earlier encoder, made in the meantime
+        if (out / "pretrained.ckpt").is_file():  # of an earlier encoder
+            rank_zero_only(remove)(out / "pretrained.evaluation")
         trainer.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     # Fewer than max_epochs if max_time ended the training. If no step was trained, the Trainer does not know them.
     results.setdefault("epochs", begun_epochs(trainer, has_begun))
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
         results["trained encoder"] = validation_scores(trainer, model, "trained encoder")
     write_on_rank_zero(out / "results.json", results)  # the test may end the run, at an unreadable image
+    scores = results[baseline], results["trained encoder"]
+    obstacle = "" if all(scores) else obstacle_to(trainer, model)  # now: the test replaces the loaders
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(trainer.test(model, verbose=False)), {})
-    results["verdict"] = verdict(baseline, results[baseline], results["trained encoder"], obstacle_to(trainer, model))
+    results["verdict"] = verdict(baseline, *scores, obstacle)
     write_on_rank_zero(out / "results.json", results)
 
 

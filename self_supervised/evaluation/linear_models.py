@@ -107,8 +107,7 @@ def fit_linear(
     curvature.diagonal().add_(max(decay, 0.1 * float(curvature.diagonal().mean())))  # what is flat may change most
     factor = torch.linalg.cholesky(curvature / scale)
     bias_factor = (n / flatness / scale) ** 0.5
-    v = x.new_zeros(x.shape[1], n_outputs)
-    b = x.new_zeros(n_outputs)
+    v, b = x.new_zeros(x.shape[1], n_outputs), x.new_zeros(n_outputs)
     fitted = [v, b] if bias else [v]
     limits = {"max_iter": BETWEEN_CHECKS, "max_eval": 2 * BETWEEN_CHECKS, "tolerance_change": 0}
     optimizer = torch.optim.LBFGS(fitted, line_search_fn="strong_wolfe", **limits)
@@ -130,13 +129,16 @@ def fit_linear(
         v.copy_(factor.T @ start[0])
         b.copy_(start[1] * bias_factor)
         value = float(loss_and_gradient())
-    for _ in range(MOST_STEPS // BETWEEN_CHECKS):
+    for check in range(MOST_STEPS // BETWEEN_CHECKS):
         before = value
         optimizer.param_groups[0]["tolerance_grad"] = small * before
         optimizer.step(loss_and_gradient)
         value = float(loss_and_gradient())
         steepest = max(float(part.grad.abs().max()) for part in fitted)
-        if steepest <= small * value or not value < (1 - FLAT) * before:  # or NaN
+        is_flat = not value < (1 - FLAT) * before  # or NaN
+        if is_flat and steepest > small * value and start is not None and check == 0:  # the line search was stuck
+            return fit_linear(x, loss, n_outputs, decay, flatness, bias, precision, gram)
+        if is_flat or steepest <= small * value:
             break
     return weights()
 

@@ -172,7 +172,7 @@ def stamp_of(file: str | Path) -> tuple[int, ...] | None:
     if not path.is_file():
         return None
     status = path.stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_mtime_ns, status.st_size
 
 
 def encoder_settings_in(seen: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ def trainer_of_stage(out: Path, name: str, epochs: int, options: RunOptions) -> 
         if options.save_every_n_epochs:
             callbacks.append(EveryNEpochs(folder, options.save_every_n_epochs))
     callbacks.append(checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps))
-    # default_root_dir: with SLURM, Lightning would start from a checkpoint of its own in the current directory
     more = {"enable_model_summary": False, "default_root_dir": out}
     return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks, **more)
 
@@ -66,6 +65,8 @@ def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
         ValueError: Lightning rejects an argument; the message names all that differ from their defaults. Or PyTorch
             would reject sync_batchnorm when the training starts.
     """
+    # With SLURM, Lightning starts from a checkpoint of its own in default_root_dir, by default the current directory.
+    more = {"default_root_dir": Path(__file__).parent, **more}
     given = options.trainer_arguments()
     plain = RunOptions().trainer_arguments()
     try:

@@ -107,13 +107,13 @@ def omit(group: dict, *names: str) -> dict:
 def groups_text(optimizer: torch.optim.Optimizer) -> str:
     """Return a description of the optimizer's parameter groups, one line each if they have names."""
     groups = optimizer.param_groups
-    decays = [g.get("weight_decay", 0) for g in groups]  # an optimizer of the user may have none
+    decays = [g.get("weight_decay") or 0 for g in groups]  # an optimizer of the user may have none
     if not all("name" in group for group in groups):
         sizes = " and ".join(str(len(g["params"])) for g in groups)
         with_and_without = "with and without weight decay" if [d > 0 for d in decays] == [True, False] else ""
         return f"{f'parameters {with_and_without}'.strip()}: {sizes}"
     rows = ["parameter groups", f"{'':<32} {'tensors':>7} {'highest lr':>10} {'decay':>7}"]
     for g, decay in zip(groups, decays, strict=True):
-        lr = g.get("initial_lr", g["lr"])  # a schedule stores the former
-        rows.append(f"{g['name']:<32} {len(g['params']):>7} {lr:>10.3g} {decay:>7.3g}")
+        lr = g.get("initial_lr", g["lr"])  # a schedule stores the former; None: Adafactor finds its own
+        rows.append(f"{g['name']:<32} {len(g['params']):>7} {'-' if lr is None else f'{lr:.3g}':>10} {decay:>7.3g}")
     return "\n".join(rows)

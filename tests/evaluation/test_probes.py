@@ -119,6 +119,21 @@ def test_one_l2_after_another_is_scikit_learns_optimum(digits, images):
         assert objective(regressions.train_x, y, decay, *fitted) < 1.003 * optimum(x, y, decay)[1]
 
 
+def test_a_start_from_which_the_line_search_gets_stuck_is_given_up():
+    """Images of very different length, on which it happens with one of these L2."""
+    rng = torch.Generator().manual_seed(0)
+    for n, width, n_classes in ((300, 20, 2), (100, 64, 2), (300, 32, 5)):
+        y = torch.arange(n) % n_classes
+        means, noise = torch.randn(n_classes, width, generator=rng), torch.randn(n, width, generator=rng)
+    x = (means[y] + noise) * torch.exp(2 * torch.randn(n, 1, generator=rng))
+    x, _ = linear_models.standardized(x, x)
+    regressions = linear_models.Regressions(x, x, y, probes.PRECISION)
+    for decay in probes.DECAYS:
+        regressions(decay)
+        from_zero = linear_models.logistic_regression(x, y, decay, probes.PRECISION)
+        assert objective(x, y, decay, *regressions.solved[decay]) < 1.01 * objective(x, y, decay, *from_zero)
+
+
 def test_weak_l2_on_overlapping_classes_takes_few_steps_after_a_stronger_one(monkeypatch):
     y = torch.arange(400) % 4
     x = linear_models.standardized(*[torch.randn(4, 16)[y] + 3 * torch.randn(400, 16)] * 2)[0]
