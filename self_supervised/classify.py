@@ -71,7 +71,8 @@ def classify(
     saved = as_path(classifier) if classifier else out.with_name(f"{out.stem}.classifier.pt")
     read_files = [] if isinstance(checkpoint, Encoder) else [checkpoint_of(checkpoint)]
     check_file("out", out, ".csv", read=read_files)
-    check_file("classifier", saved, read=read_files)
+    if labeled is not None:
+        check_file("classifier", saved, read=read_files)
     if classifier and labeled is None:
         raise ValueError(
             f"classifier={str(classifier)!r} is written only if a classifier is trained. Pass labeled, too."

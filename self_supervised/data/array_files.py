@@ -184,8 +184,11 @@ def check_range(image: Image.Image, pixel_range: list[float] | None) -> None:
     has scaled."""
     if pixel_range is not None and scales_16_bits(image):
         raise ValueError("pixel_range cannot be applied: Pillow scales these 16 bits. Convert it to .npy or TIFF.")
+    if image.format == "FITS" and image.mode != "L":
+        raise ValueError("Pillow does not keep the values of FITS. Convert it to .npy or TIFF.")
     if image.mode == "F":
-        raise ValueError(f"the range of floating-point pixels is unknown. {WAY_OUT}")
+        way_out = WAY_OUT if image.format == "TIFF" else "Convert it to .npy or TIFF."
+        raise ValueError(f"the range of floating-point pixels is unknown. {way_out}")
     if image.format == "TIFF":
         formats, bits = (np.ravel(image.tag_v2.get(tag, 1)) for tag in (SAMPLE_FORMAT, BITS_PER_SAMPLE))
         if (formats != 1).any() or (bits.max() > 8 and bits.max() != 16):

@@ -205,12 +205,12 @@ def in_classes(labels: np.ndarray, what: object) -> np.ndarray:
 
 
 def lacking(of_sets: Iterable[np.ndarray]) -> str:
-    """Return what sets of labels lack for a classifier: "no labels" if an image of a set has none, "a single class" if
-    all images of a set have the same, else ""."""
-    ends = [(labels.min(), labels.max()) for labels in of_sets]
-    if any(lowest < 0 for lowest, _ in ends):
+    """Return what sets of labels lack for a classifier of their labeled images: "no labels" if no image of a set has
+    one, "a single class" if all have the same, else ""."""
+    classes = [np.unique(labels[labels >= 0]) for labels in of_sets]
+    if any(len(of_set) == 0 for of_set in classes):
         return "no labels"
-    return "a single class" if any(lowest == highest for lowest, highest in ends) else ""
+    return "a single class" if any(len(of_set) == 1 for of_set in classes) else ""
 
 
 def is_one_hot(labels: np.ndarray) -> bool:

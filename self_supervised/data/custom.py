@@ -28,12 +28,12 @@ from self_supervised.data.folders import (
     listed_in,
     read_lists,
     refuse_no_directory,
-    report_unlisted,
     settings_of_lists,
     write_lists,
 )
 from self_supervised.data.foreign_paths import ForeignPath, refuse_foreign
 from self_supervised.data.image_files import ImageFiles
+from self_supervised.data.list_checks import class_name_in, compare_with_lists
 from self_supervised.data.shard_names import is_pattern, shards_are_there
 from self_supervised.data.tar_shards import TarShards
 from self_supervised.fields import as_path
@@ -104,17 +104,17 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
         samples_of, names = as_written(read_lists(kept, source), kept)
         if not kept.name.startswith(TEMPORARY):  # else whoever drew the splits has reported them
             report_lists(source, samples_of, f", by the lists in {kept}")
-            if isinstance(source, ImageFolder) and distributed.rank() == 0:
-                patterns = params.include_patterns, params.exclude_patterns
-                report_unlisted(source.root, kept, samples_of, lambda path: is_selected(path, *patterns))
+            patterns = params.include_patterns, params.exclude_patterns
+            own_names = params.class_to_idx is not None or params.labels_from is None
+            compare_with_lists(
+                source, kept, samples_of, [] if own_names else names, lambda p: is_selected(p, *patterns)
+            )
         return samples_of, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
     images = labeled_lists(kept, source) if by_hand else found_lists(source, params)
     chosen = wanted(images, source.root, params, source.passed_over)
     samples_of, names = with_numbers(chosen, params.class_to_idx, source.root)
-    of_numbers = not getattr(source, "names", False)
-    stored = dict(enumerate(getattr(source, "classes", None) or [])) if of_numbers else {}  # names in an Arrow column
-    names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
+    names = [class_name_in(source, name) for name in names]
     if are_drawn := not samples_of.get("val") and not samples_of.get("test"):
         samples_of = drawn(samples_of["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and distributed.rank() == 0:
@@ -356,8 +356,8 @@ def with_numbers(images_of: ImageList, class_to_idx: list[str] | None, where: ob
 
 
 def as_classes(labels: list[int]) -> np.ndarray:
-    """Return labels as an array for drawing; if no image has a label, all are one class."""
-    return np.zeros(len(labels), np.int64) if max(labels) < 0 else np.array(labels)
+    """Return labels as an array for drawing; unlabeled images (-1) are a class, too."""
+    return np.array(labels) - min(labels)
 
 
 def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed: int) -> Numbered:

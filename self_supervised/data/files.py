@@ -165,7 +165,8 @@ class LabeledFiles(Dataset):
 
     def read_ahead(self, order: Iterable[int]) -> None:
         """Let the source prepare for an epoch in this order of the files."""
-        self.source.read_ahead(self.files[i][0] for i in order)
+        if getattr(self, "packed_pixels", None) is None:
+            self.source.read_ahead(self.files[i][0] for i in order)
 
     def signatures(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
         """Yield (path, signature, label) of each file; the signature changes when the file changes."""

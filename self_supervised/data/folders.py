@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from self_supervised.data.class_labels import MOST_NAMED, Label
-from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, log_once
+from self_supervised.data.file_search import PassedOver, files_below, image_suffixes
 from self_supervised.data.files import OnDisk
 from self_supervised.fields import first_of
-from self_supervised.program import in_one_line
 from self_supervised.safe_files import atomic_write
 
 # split -> its names, in upper or lower case
@@ -217,24 +216,6 @@ def check_that_all_are_there(source: Any, paths: list[str], file: Path) -> None:
             )
         raise ValueError(
             f"{file} lists images that are not in {source.root}: {first_of(missing, MOST_NAMED)}. {way_out}"
-        )
-
-
-def report_unlisted(
-    root: Path, lists: Path, images_of: dict[str, list[tuple[str, int]]], is_wanted: Callable[[str], bool]
-) -> None:
-    """Log how many images in `root` are in none of the lists, such as those that were added since the lists were
-    written. Lists of the user in `root` may leave out images on purpose."""
-    if listed_in(root):
-        return
-    listed = {path for images in images_of.values() for path, _ in images}
-    found = (path for path in files_below(root, image_suffixes(), PassedOver()) if path not in listed)
-    if new := sorted(filter(is_wanted, found)):
-        log_once(
-            f"{root}: {len(new):,} images are in none of the lists in {lists} and are not used, such as "
-            f"{in_one_line(new[0])}. To train on them, start another run, or add lines PATH,CLASS_NUMBER (-1: no "
-            "label) to train.txt there. To evaluate on other images than those of the pretraining, pass --splits_path "
-            "none (Python: None)."
         )
 
 

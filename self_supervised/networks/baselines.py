@@ -47,7 +47,8 @@ def starting_encoder(p: EncoderAndDataParams, source: str) -> Encoder:
     same = {name: getattr(p, name) for name in (*SAME_IN_STARTING, *DATASET_DEFAULTS)}
     same["low_resolution_stem"] = p.low_resolution
     same |= {"stem_variant": p.stem_variant} if p.low_resolution else {}
-    same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS) if p.encoder_arch in catalogue.INCEPTIONS else {}
+    if p.encoder_arch in catalogue.INCEPTIONS:
+        same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS[:1] * p.channels)
     if source.startswith("timm:") and source.split(".")[0] == p.encoder_arch.split(".")[0]:
         same["encoder_arch"] = source  # the same architecture with other weights
     with seeded(0):

@@ -89,7 +89,8 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
     if weights.settings:
         taken_over = SHARED_FIELDS.difference(NOT_TAKEN_OVER)
         settings = {key: value for key, value in weights.settings.items() if key in taken_over}
-        if str(weights.started_from).partition(":")[0] in catalogue.INCEPTIONS:
+        is_inception = str(weights.started_from).partition(":")[0] in catalogue.INCEPTIONS
+        if is_inception and settings.get("in_channels") in (None, 3):  # others have never been transformed
             settings |= without_transform_input(settings)
         return {"stem_variant": weights.stem_variant, **vetted(settings, weights.source, overrides)}, ""
     settings: dict[str, Any] = {"dataset_name": "imagenet"}
@@ -102,9 +103,10 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
         layouts.refuse_other_heads(weights, settings["encoder_arch"])
     if settings.get("low_resolution_stem"):
         settings |= {"dataset_name": "cifar10", "stem_variant": weights.stem_variant}
+    channels = overrides.get("in_channels", settings.get("in_channels"))
     if settings.get("encoder_arch") in catalogue.INCEPTIONS:
-        settings |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
-    if overrides.get("in_channels", settings.get("in_channels")) == 1:
+        settings |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS[:1] * (channels or 3))
+    elif channels == 1:
         settings |= GRAY
     assumed = assumed_of_images(settings, overrides)
     if settings.get("stem_variant", "standard") != "standard" and "stem_variant" not in overrides:

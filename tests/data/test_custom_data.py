@@ -26,7 +26,7 @@ from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import evaluate
 from self_supervised import train as train_program
-from self_supervised.data import class_labels, custom, data_sets, facts, folders
+from self_supervised.data import class_labels, custom, data_sets, facts, folders, image_files
 from self_supervised.data.facts import n_classes
 from self_supervised.data.folders import check_settings
 from self_supervised.data.image_files import central_square
@@ -408,6 +408,28 @@ def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_p
     (tmp_path / "train.txt").write_text("china/01.png\nflower/00.png\n")
     (tmp_path / "val.txt").write_text("flower/01.png\n")
     assert listed(params(photos, splits_path=str(tmp_path))) == {"china/01.png": 0, "flower/00.png": 1}
+
+
+def test_unlabeled_images_in_lists_are_drawn_from_and_do_not_hide_the_labels(photos, tmp_path, caplog):
+    lists = tmp_path / "lists"
+    listed(params(photos, splits_path=str(lists), val_size=0.2))
+    lines = (lists / "train.txt").read_text().splitlines()
+    unlabeled = [f"{line.rpartition(',')[0]},-1" for line in lines[::2]]
+    (lists / "train.txt").write_text("\n".join([*lines[1::2], *unlabeled]) + "\n")
+    half = data_sets.get_dataset(params(photos, splits_path=str(lists), val_size=0.2, data_fraction=0.5), ("train",))
+    assert (half.labels < 0).sum() == pytest.approx(len(unlabeled) / 2, abs=1)
+    assert class_labels.lacking([np.array([-1, 0, 1])]) == "" != class_labels.lacking([np.array([-1, -1])])
+    assert class_labels.lacking([np.array([0, 1]), np.array([-1, 1])]) == "a single class"
+
+
+@pytest.mark.parametrize(("bits", "values"), [(16, ">i2"), (-32, ">f4")])
+def test_fits_whose_values_pillow_does_not_keep_is_refused_with_a_way_out(bits, values, tmp_path):
+    """It ignores BZERO, by which unsigned 16 bits are stored."""
+    cards = ["SIMPLE  = T", f"BITPIX  = {bits}", "NAXIS   = 2", "NAXIS1  = 4", "NAXIS2  = 4", "BZERO   = 32768", "END"]
+    header = "".join(card.ljust(80) for card in cards).ljust(2880)
+    (tmp_path / "x.fits").write_bytes(header.encode() + np.zeros(16, values).tobytes().ljust(2880, b"\0"))
+    with pytest.raises(ValueError, match="Convert it to .npy or TIFF"):
+        image_files.read_any("x.fits", str(tmp_path / "x.fits"), 3, [0, 100])
 
 
 def test_lists_know_every_setting_that_is_not_of_another_place():

@@ -180,6 +180,35 @@ def test_reduced_jpegs_and_arrays_are_read_from_shards_as_from_files(tmp_path):
             assert all(map(torch.equal, ours, files))
 
 
+# ---- lists of an earlier run ----
+
+
+def with_lists(root: str | Path, lists: Path) -> ModelParams:
+    return params(root, splits_path=str(lists), val_size=0.2, test_size=0.2)
+
+
+@pytest.mark.parametrize("write", [write_arrow, write_shards])
+def test_lists_of_rows_are_not_those_of_other_images(write, tmp_path):
+    """Which have the same row, or the same name in a shard."""
+    labels(with_lists(write(tmp_path / "set", NAMES), tmp_path / "lists"))
+    shutil.rmtree(tmp_path / "set")
+    others = {"cls": lambda name: str(1 - classes(name))} if write is write_shards else {"names": NAMES[::-1]}
+    root = write(tmp_path / "set", **others)
+    with pytest.raises(ValueError, match="have other labels than in the lists in .*--splits_path none"):
+        labels(with_lists(root, tmp_path / "lists"))
+    labels(params(root))
+    (tmp_path / "lists/splits.json").unlink()  # now they are the user's
+    labels(with_lists(root, tmp_path / "lists"))
+
+
+def test_rows_that_were_added_and_labels_that_were_corrected_are_told(tmp_path, caplog):
+    before = labels(with_lists(write_arrow(tmp_path / "set", NAMES), tmp_path / "lists"))
+    corrected = [NAMES[-1], *NAMES[1:], *NAMES[:3]]
+    assert labels(with_lists(write_arrow(tmp_path / "more", corrected), tmp_path / "lists")) == before
+    assert f"1 of {len(NAMES)} images have other labels than in the lists" in caplog.text
+    assert f": 3 images are in none of the lists in {tmp_path}/lists and are not used" in caplog.text
+
+
 # ---- shards ----
 
 

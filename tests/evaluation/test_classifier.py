@@ -201,6 +201,14 @@ def test_an_export_with_other_probabilities_is_refused():
         verify.checked_difference("probabilities", np.array([[0.1, 0.9]]), ours)
 
 
+def test_a_classifier_may_write_the_predictions_beside_it_again(images, checkpoint, tmp_path):
+    photos, out = images / "photos", tmp_path / "predictions.csv"
+    run("classify", checkpoint, "--labeled", images / "labeled", "--apply", photos, "--out", out)
+    first = out.read_text()
+    run("classify", tmp_path / "predictions.classifier.pt", "--apply", photos, "--out", out)
+    assert out.read_text() == first
+
+
 def test_a_checkpoint_of_the_linear_stage_is_applied(images, checkpoint, trainer, tmp_path):
     """Its names are those of its data set: here packed digits, which have none, so their numbers."""
     linear = LinearClassifierMethod.from_moco_checkpoint(checkpoint, batch_size=64, normalize_features=True, lr=0.3)

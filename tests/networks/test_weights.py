@@ -24,12 +24,12 @@ from torch import Tensor, nn
 import ws_resnet
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from model_params import ModelParams
+from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import evaluate
 from self_supervised.embeddings import embed
 from self_supervised.embeddings.parquet import facts_of_file
 from self_supervised.exports import export
-from self_supervised.networks import architectures, baselines, builders, encoders, frozen_encoder, layouts
+from self_supervised.networks import architectures, baselines, builders, encoders, frozen_encoder, layouts, pretrained
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.torch_files import StandIn, safe_load
 
@@ -532,6 +532,22 @@ def test_starting_weights_of_timm_may_be_others_of_the_same_architecture(monkeyp
     wanted = f"{p.encoder_arch}.augreg_in21k"
     assert baselines.starting_encoder(p, wanted) == wanted
     assert baselines.starting_encoder(p, "resnet50") == p.encoder_arch  # which `published` refuses
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+def test_inception_networks_for_other_channels_keep_their_constants(channels, monkeypatch):
+    """torchvision's transform_input is for three channels."""
+    constants = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
+    own = {"dataset_name": "folder", "in_channels": channels, "encoder_arch": "googlenet", **constants}
+    weights = layouts.WeightsFile("x.ckpt", "ours", {}, {}, (), "standard", own, None, "googlenet:DEFAULT")
+    settings, _ = pretrained.settings_of(weights, {})
+    assert settings.items() >= own.items()
+    monkeypatch.setattr(baselines, "load_encoder", lambda source, **same: EncoderAndDataParams(**same))
+    assert baselines.starting_encoder(ModelParams(**own), "googlenet.pth").image_mean == [0.5] * channels
+    state = torchvision.models.googlenet(init_weights=False, aux_logits=False).state_dict()
+    file = layouts.WeightsFile("googlenet.pth", "torchvision", state, state, (), "standard", {})
+    settings, assumed = pretrained.settings_of(file, {"encoder_arch": "googlenet", "in_channels": channels})
+    assert settings["image_mean"] == [0.5] * channels and f"image_mean={[0.5] * channels}" in assumed
 
 
 @pytest.mark.slow
