@@ -167,7 +167,7 @@ def pretrain_stage(
         results["trained encoder"] = validation_scores(trainer, model, "trained encoder")
     write_on_rank_zero(out / "results.json", results)  # the test may end the run, at an unreadable image
     scores = results[baseline], results["trained encoder"]
-    obstacle = "" if all(scores) else obstacle_to(trainer, model)  # now: the test replaces the loaders
+    obstacle = obstacle_to(trainer, model, all(scores))  # now: the test replaces the loaders
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(trainer.test(model, verbose=False)), {})
     results["verdict"] = verdict(baseline, *scores, obstacle)

@@ -357,7 +357,7 @@ def with_numbers(images_of: ImageList, class_to_idx: list[str] | None, where: ob
 
 def as_classes(labels: list[int]) -> np.ndarray:
     """Return labels as an array for drawing; unlabeled images (-1) are a class, too."""
-    return np.array(labels) - min(labels)
+    return np.array(labels) - min(0, min(labels))
 
 
 def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed: int) -> Numbered:

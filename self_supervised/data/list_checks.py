@@ -7,10 +7,11 @@ from typing import Any
 from self_supervised import distributed
 from self_supervised.data.class_labels import Label, composed
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, log_once
-from self_supervised.data.folders import SETTINGS, ImageFolder, listed_in
+from self_supervised.data.folders import ImageFolder, listed_in
 from self_supervised.program import in_one_line
 
 Listed = dict[str, list[tuple[str, int]]]  # split -> (path, class number or -1) of its images
+compared_lists: set[str] = set()  # lists and data sets that this process has compared
 MOST_CORRECTED = 0.1  # of the labels of a data set; if more are others, they belong to other images
 
 
@@ -30,9 +31,15 @@ def compare_with_lists(
     if isinstance(source, ImageFolder):
         found: Iterable[str] = files_below(source.root, image_suffixes(), PassedOver())
     else:  # another data set has the same rows, and perhaps the same members
+        state = getattr(source, "hashes", None) or source.signatures
+        key = repr((lists, [file.stat().st_mtime_ns for _, file in listed_in(lists)], names, state))
+        if key in compared_lists:  # each data set of a run asks again
+            return
         found = dict(image for images in source.find().values() for image in images)
-        stored = {path: class_name_in(source, label) for path, label in found.items() if label is not None}
+        name_of = {label: class_name_in(source, label) for label in {*found.values()} - {None}}
+        stored = {path: name_of[label] for path, label in found.items() if label is not None}
         refuse_other_labels(source.root, lists, images_of, names, stored)
+        compared_lists.add(key)
     if distributed.rank() == 0:
         report_unlisted(source.root, lists, images_of, filter(is_wanted, found))
 
@@ -59,8 +66,8 @@ def refuse_other_labels(root: Path, lists: Path, images_of: Listed, names: list[
     )
     if len(others) > MOST_CORRECTED * len(pairs):
         raise ValueError(
-            f"{text}These are probably other images. Pass --splits_path none (Python: None) to split them anew, or "
-            f"another splits_path. If the lists are right, delete {SETTINGS} in their directory."
+            f"{text}These are probably other images. To train on them, start another run (another --out); to evaluate "
+            "on them, pass --splits_path none (Python: None)."
         )
     log_once(f"{text}Those in the lists are used")
 

@@ -89,8 +89,7 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
     if weights.settings:
         taken_over = SHARED_FIELDS.difference(NOT_TAKEN_OVER)
         settings = {key: value for key, value in weights.settings.items() if key in taken_over}
-        is_inception = str(weights.started_from).partition(":")[0] in catalogue.INCEPTIONS
-        if is_inception and settings.get("in_channels") in (None, 3):  # others have never been transformed
+        if str(weights.started_from).partition(":")[0] in catalogue.INCEPTIONS:
             settings |= without_transform_input(settings)
         return {"stem_variant": weights.stem_variant, **vetted(settings, weights.source, overrides)}, ""
     settings: dict[str, Any] = {"dataset_name": "imagenet"}
@@ -135,12 +134,13 @@ def assumed_of_images(settings: dict[str, Any], overrides: dict[str, Any]) -> li
 def without_transform_input(settings: dict[str, Any]) -> dict[str, list[float]]:
     """Return the constants of normalization of an encoder that started from an Inception network's published weights.
 
-    In earlier versions, the network itself turned ImageNet's constants into OF_INCEPTIONS. Its pixels are the same with
-    the returned constants, which are OF_INCEPTIONS for ImageNet's.
+    In earlier versions, the network itself turned ImageNet's constants into OF_INCEPTIONS, if it had three channels.
+    Its pixels are the same with the returned constants, which are OF_INCEPTIONS for ImageNet's.
     """
-    params = EncoderAndDataParams(
-        **{name: settings[name] for name in ("dataset_name", *MEAN_AND_STD) if name in settings}
-    )
+    names = ("dataset_name", "in_channels", *MEAN_AND_STD)
+    params = EncoderAndDataParams(**{name: settings[name] for name in names if name in settings})
+    if params.channels != 3:
+        return {}
     given, of_imagenet = ((params.mean, params.std), catalogue.DATASETS["imagenet"])
     if [*map(list, given)] == [catalogue.OF_INCEPTIONS] * 2:
         return {}

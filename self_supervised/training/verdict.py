@@ -118,10 +118,16 @@ class Verdict(pl.Callback):
         self.measured = state.get("measured", {})  # earlier versions did not keep it
 
 
-def obstacle_to(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Return why validation yields no accuracy, or only from loaders that cannot be read once more; "" if it does."""
+def obstacle_to(trainer: pl.Trainer, module: pl.LightningModule, has_scores: bool = False) -> str:
+    """Return why validation yields no accuracy, or only from loaders that cannot be read once more; "" if it does.
+
+    Args:
+        has_scores: whether it has yielded scores, so that its loaders need no look.
+    """
     if not GIVE_COMPARED & set(module.params.evaluations):
         return f"evaluations={module.params.evaluations} has neither knn nor linear_probe"
+    if has_scores:
+        return ""
     if trainer.fast_dev_run or not trainer.limit_val_batches:
         return f"{'fast_dev_run' if trainer.fast_dev_run else 'limit_val_batches=0'} turns the validation off"
     if not trainer.enable_validation:

@@ -542,6 +542,9 @@ def test_inception_networks_for_other_channels_keep_their_constants(channels, mo
     weights = layouts.WeightsFile("x.ckpt", "ours", {}, {}, (), "standard", own, None, "googlenet:DEFAULT")
     settings, _ = pretrained.settings_of(weights, {})
     assert settings.items() >= own.items()
+    for in_channels in (None, 3):
+        gray = {"dataset_name": "digits", "in_channels": in_channels, "encoder_arch": "googlenet", "image_mean": [0.5]}
+        pretrained.settings_of(attrs.evolve(weights, settings=gray | {"image_mean": [0.5] * (in_channels or 1)}), {})
     monkeypatch.setattr(baselines, "load_encoder", lambda source, **same: EncoderAndDataParams(**same))
     assert baselines.starting_encoder(ModelParams(**own), "googlenet.pth").image_mean == [0.5] * channels
     state = torchvision.models.googlenet(init_weights=False, aux_logits=False).state_dict()

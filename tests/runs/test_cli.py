@@ -860,6 +860,14 @@ def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, m
     assert (tmp_path / "killed/linear/metrics.csv").read_text() == rows
 
 
+def test_a_run_without_accuracies_says_which_evaluations_it_lacks(monkeypatch, tmp_path):
+    main(
+        f"{SMALL} --max_epochs 1 --limit_train_batches 1 --evaluations embedding_std --out {tmp_path}/run", monkeypatch
+    )
+    verdict = json.loads((tmp_path / "run/results.json").read_text())["verdict"]
+    assert verdict == "none, because evaluations=['embedding_std'] has neither knn nor linear_probe"
+
+
 @pytest.mark.slow
 def test_a_linear_stage_that_starts_over_has_no_scores_of_the_earlier_one(run, monkeypatch, tmp_path):
     """It is stopped before it has its own."""
