@@ -80,7 +80,7 @@ def validation_scores(trainer: pl.Trainer, method: pl.LightningModule, of: str =
             return {}
         run_folder.say(f"Scores of the {of}:")
     loggers = trainer.loggers
-    epoch = begun_epochs(trainer, bool(method.step_metrics)) - 1 + method.first_epoch
+    epoch = begun_epochs(trainer) - 1 + method.first_epoch
     if loggers and not method.step_metrics:  # nothing was trained
         path = Path(loggers[0].log_dir) / "metrics.csv"
         is_logged = distributed.on_rank_zero(lambda: run_folder.has_scores(path, epoch, trainer.global_step))
@@ -162,7 +162,7 @@ def pretrain_stage(
             rank_zero_only(remove)(out / "pretrained.evaluation")
         trainer.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     # Fewer than max_epochs if max_time ended the training. If no step was trained, the Trainer does not know them.
-    results.setdefault("epochs", begun_epochs(trainer, has_begun))
+    results.setdefault("epochs", begun_epochs(trainer))
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
         results["trained encoder"] = validation_scores(trainer, model, "trained encoder")
     write_on_rank_zero(out / "results.json", results)  # the test may end the run, at an unreadable image
@@ -203,7 +203,7 @@ def linear_stage(
     trainer.fit(linear, ckpt_path=resumed)
     keep_minutes()
     results["linear classifier"] = validation_scores(trainer, linear)
-    results["linear epochs"] = epochs = begun_epochs(trainer, bool(linear.step_metrics))
+    results["linear epochs"] = epochs = begun_epochs(trainer)
     if epochs < options.linear_epochs or is_cut_short(trainer):
         run_folder.say(f"The linear stage ended in epoch {epochs} of {options.linear_epochs}: max_time is up.")
     trainer.save_checkpoint(out / "linear.ckpt", weights_only=False)

@@ -23,14 +23,10 @@ def is_cut_short(trainer: pl.Trainer) -> bool:
     return has_ended and trainer.num_training_batches > 0 and not trainer.is_last_batch
 
 
-def begun_epochs(trainer: pl.Trainer, has_trained: bool) -> int:
-    """Return the number of epochs that a training has begun, all its starts together.
-
-    Args:
-        has_trained: whether this start has made a step. If not, Lightning does not count a last epoch that was cut
-            short.
-    """
-    return trainer.current_epoch + (not has_trained and is_cut_short(trainer))
+def begun_epochs(trainer: pl.Trainer) -> int:
+    """Return the number of epochs that a training has begun, all its starts together. `current_epoch` lacks the last
+    one if a start makes no step."""
+    return trainer.fit_loop.epoch_progress.current.started
 
 
 def batch_hooks_of_user(trainer: pl.Trainer) -> set[str]:
