@@ -108,7 +108,12 @@ def delete_outdated(out: Path, results: dict[str, Any]) -> None:
         exported = [path for path in out.glob("pretrained.*") if path.suffix != ".ckpt"]
         if stale := sorted(path.name for path in (*exported, *out.glob("report.html"))):
             run_folder.say(f"{', '.join(stale)}: of the encoder before this training. Write them again after it")
-    if outdated := [name for name in ENCODER_RESULTS if name in results]:
+    delete_results(ENCODER_RESULTS, out, results)
+
+
+def delete_results(names: Sequence[str], out: Path, results: dict[str, Any]) -> None:
+    """Delete results of these names, also in results.json."""
+    if outdated := [name for name in names if name in results]:
         for name in outdated:
             del results[name]
         write_on_rank_zero(out / "results.json", results)
@@ -176,9 +181,7 @@ def pretrain_stage(
 
 def forget_linear_classifier(results: dict[str, Any], out: Path) -> None:
     """Delete the scores and the file of a classifier whose training starts over."""
-    for name in ("linear classifier", "linear epochs", "linear minutes"):
-        results.pop(name, None)
-    write_on_rank_zero(out / "results.json", results)
+    delete_results(("linear classifier", "linear epochs", "linear minutes"), out, results)
     rank_zero_only(remove)(out / "linear.ckpt")
 
 

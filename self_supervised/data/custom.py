@@ -33,7 +33,7 @@ from self_supervised.data.folders import (
 )
 from self_supervised.data.foreign_paths import ForeignPath, refuse_foreign
 from self_supervised.data.image_files import ImageFiles
-from self_supervised.data.list_checks import class_name_in, compare_with_lists
+from self_supervised.data.list_checks import Numbered, class_name_in, compare_with_lists
 from self_supervised.data.shard_names import is_pattern, shards_are_there
 from self_supervised.data.tar_shards import TarShards
 from self_supervised.fields import as_path
@@ -42,7 +42,6 @@ from self_supervised.safe_files import local_path
 from self_supervised.setting_groups import CUSTOM_DATA, NOT_IN_LISTS, PATTERNS
 
 CustomSource = ImageFolder | TarShards | ArrowImages
-Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class number or -1) of its images
 MOST_CLASSES = 10**6  # labels from this number on are ids or dates
 CLASS_NAMES_KEY = "classes"  # key in folders.SETTINGS: names of the classes, in the order of their numbers
 DRAWN_KEY = "drawn"  # likewise: whether val and test were drawn, or the images have splits of their own
@@ -105,10 +104,8 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
         if not kept.name.startswith(TEMPORARY):  # else whoever drew the splits has reported them
             report_lists(source, samples_of, f", by the lists in {kept}")
             patterns = params.include_patterns, params.exclude_patterns
-            own_names = params.class_to_idx is not None or params.labels_from is None
-            compare_with_lists(
-                source, kept, samples_of, [] if own_names else names, lambda p: is_selected(p, *patterns)
-            )
+            of_source = names if params.class_to_idx is None and params.labels_from else []
+            compare_with_lists(source, kept, samples_of, of_source, lambda path: is_selected(path, *patterns))
         return samples_of, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
     images = labeled_lists(kept, source) if by_hand else found_lists(source, params)

@@ -10,13 +10,13 @@ from self_supervised.data.file_search import PassedOver, files_below, image_suff
 from self_supervised.data.folders import ImageFolder, listed_in
 from self_supervised.program import in_one_line
 
-Listed = dict[str, list[tuple[str, int]]]  # split -> (path, class number or -1) of its images
+Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class number or -1) of its images
 compared_lists: set[str] = set()  # lists and data sets that this process has compared
 MOST_CORRECTED = 0.1  # of the labels of a data set; if more are others, they belong to other images
 
 
 def compare_with_lists(
-    source: Any, lists: Path, images_of: Listed, names: list[str], is_wanted: Callable[[str], bool]
+    source: Any, lists: Path, images_of: Numbered, names: list[str], is_wanted: Callable[[str], bool]
 ) -> None:
     """Log how many images of a source are in none of the lists.
 
@@ -51,7 +51,7 @@ def class_name_in(source: Any, label: Label) -> str:
     return of_numbers[int(name)] if name.isdecimal() and int(name) < len(of_numbers) else name
 
 
-def refuse_other_labels(root: Path, lists: Path, images_of: Listed, names: list[str], stored: dict[str, str]) -> None:
+def refuse_other_labels(root: Path, lists: Path, images_of: Numbered, names: list[str], stored: dict[str, str]) -> None:
     """Raise ValueError if more than MOST_CORRECTED of the listed labels differ from those in the data set, the names of
     classes `stored` by path. If fewer do, log how many."""
     every = [(path, number) for images in images_of.values() for path, number in images if path in stored]
@@ -72,7 +72,7 @@ def refuse_other_labels(root: Path, lists: Path, images_of: Listed, names: list[
     log_once(f"{text}Those in the lists are used")
 
 
-def report_unlisted(root: Path, lists: Path, images_of: dict[str, list[tuple[str, int]]], found: Iterable[str]) -> None:
+def report_unlisted(root: Path, lists: Path, images_of: Numbered, found: Iterable[str]) -> None:
     """Log how many of the images found in `root` are in none of the lists, such as those that were added since the
     lists were written. Lists of the user in `root` may leave out images on purpose."""
     if listed_in(root):

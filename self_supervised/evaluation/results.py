@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from self_supervised.data.files import OnDisk
 from self_supervised.fields import as_path
 from self_supervised.folder_lock import locked
 from self_supervised.networks.layouts import checkpoint_of
@@ -169,10 +170,7 @@ class Results:
 def stamp_of(file: str | Path) -> tuple[int, ...] | None:
     """Return numbers that change if a file is replaced; None if there is no such file."""
     path = as_path(file)
-    if not path.is_file():
-        return None
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+    return OnDisk().signature(str(path)) if path.is_file() else None
 
 
 def encoder_settings_in(seen: dict[str, Any]) -> dict[str, Any]:

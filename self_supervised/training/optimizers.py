@@ -110,8 +110,8 @@ def groups_text(optimizer: torch.optim.Optimizer) -> str:
     decays = [g.get("weight_decay") or 0 for g in groups]  # an optimizer of the user may have none
     if not all("name" in group for group in groups):
         sizes = " and ".join(str(len(g["params"])) for g in groups)
-        with_and_without = "with and without weight decay" if [d > 0 for d in decays] == [True, False] else ""
-        return f"{f'parameters {with_and_without}'.strip()}: {sizes}"
+        are_by_decay = [decay > 0 for decay in decays] == [True, False]
+        return f"parameters{' with and without weight decay' if are_by_decay else ''}: {sizes}"
     rows = ["parameter groups", f"{'':<32} {'tensors':>7} {'highest lr':>10} {'decay':>7}"]
     for g, decay in zip(groups, decays, strict=True):
         lr = g.get("initial_lr", g["lr"])  # a schedule stores the former; None: Adafactor finds its own
